@@ -62,9 +62,9 @@ def _alive(pid: int) -> bool:
 def whole(target: Path) -> Iterator[Path]:
     """Write a file or a folder whole or not at all.
 
-    The body writes to the path that is yielded, beside `target` on the same disk. When the body ends, that path
-    is renamed to `target`; when it raises, it is removed and `target` is as it was. What a killed process of
-    this machine left behind is removed by the next call for the same target.
+    The body writes to the path that is yielded, beside `target` on the same disk. When the body ends, that
+    path is renamed to `target`; when it raises, it is removed and `target` is as it was. What a killed
+    process of this machine left behind is removed by the next call for the same target.
 
     Parameters
     ----------

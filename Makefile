@@ -1,0 +1,58 @@
+# Every target says what it does in `make help`. PROFILE chooses the settings in data/profiles/.
+SHELL := /bin/bash -o pipefail
+PYTHON ?= python3
+PROFILE ?= laptop
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+# Nothing is fetched once the packages are installed; the paper profile reads from the model hub.
+OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
+RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
+
+.DEFAULT_GOAL := help
+.PHONY: help env lock lint format test book ablation bench reference clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+env: $(VENV)/.installed ## build the environment in .venv from the two locks
+
+$(VENV)/.installed: requirements.lock data.lock pyproject.toml
+	@echo "building the environment in $(VENV) (about 6.5 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r data.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+lock: ## resolve the two locks anew from pyproject.toml
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-annotate -q -o requirements.lock
+	uv pip compile --group data --universal --python-version 3.11 --generate-hashes --no-annotate -q -o data.lock
+
+book: env ## run the pipeline and the notebooks of PROFILE and render book/_build/html/index.html
+	$(RUN)moeits run --profile $(PROFILE)
+
+test: env lint ## run every test: package, notebooks and book in the smoke profile
+	$(RUN)python -m pytest
+
+lint: env ## check the style of the package, the tests and the notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: env ## format the code and strip the notebooks' outputs
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+
+ablation: env ## measure the whole tau grid of MODEL (all models without it) in PROFILE
+	$(RUN)moeits ablate $(MODEL) --profile $(PROFILE)
+
+bench: env ## time the NMI on layers of the paper's exact shapes
+	$(RUN)python benchmarks/nmi.py
+
+reference: ## copy the laptop profile's records to data/reference, where they are committed
+	$(BIN)/python -m moeits.records data/results/laptop data/reference/laptop
+
+clean: ## delete the built book, the executed notebooks and the figures (models and records stay)
+	rm -rf book/_build book/notebooks data/figures

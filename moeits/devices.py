@@ -1,0 +1,59 @@
+"""Where and in which number format to compute, with the reason."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, torch.dtype, str]":
+    """Resolve ``auto``.
+
+    Parameters
+    ----------
+    device : str
+        ``auto`` takes the first CUDA device, else the CPU; anything else is a torch device.
+    dtype : str
+        ``auto`` takes bfloat16 where the device multiplies it in hardware, else float32.
+
+    Returns
+    -------
+    device : torch.device
+    dtype : torch.dtype
+    reason : str
+        Why, in one sentence.
+
+    Raises
+    ------
+    ValueError
+        If the device is not there, or torch knows no such device or dtype.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is none that torch knows: take auto, cpu or cuda") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this machine has no CUDA device; use device auto or cpu")
+    if dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is none that torch knows: take bfloat16, float16 or float32")
+        return place, getattr(torch, dtype), f"{dtype} was asked for"
+    if place.type == "cuda":
+        fast, what = (
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            torch.cuda.get_device_name(place),
+        )
+    elif place.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        fast, what = (
+            any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")),
+            "this processor",
+        )
+    else:
+        fast, what = False, place.type
+    chosen = torch.bfloat16 if fast else torch.float32
+    return place, chosen, f"{what} {'multiplies' if fast else 'does not multiply'} bfloat16 in hardware"

@@ -1,0 +1,76 @@
+"""The paper's own figures: Tables 2 to 4 as printed (arXiv 2604.10603, CC BY 4.0), averages recomputed."""
+
+import pandas as pd
+
+from moeits.paths import DATA
+
+CITATION = "balderas2026moeits"
+TASKS = {
+    "boolq": "BoolQ",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "winogrande": "WinoGrande",
+    "hellaswag": "HellaSwag",
+}
+TABLES = {
+    2: ("DeepSeek-V2-Lite", "table2_deepseek_v2_lite.csv"),
+    3: ("Qwen1.5-MoE", "table3_qwen1.5_moe.csv"),
+    4: ("Mixtral 8x7B", "table4_mixtral_8x7b.csv"),
+}
+TAU = {"DeepSeek-V2-Lite": 1.25, "Qwen1.5-MoE": 1.25, "Mixtral 8x7B": 0.5}
+
+
+def table(number: int) -> pd.DataFrame:
+    """One of the paper's result tables.
+
+    Parameters
+    ----------
+    number : {2, 3, 4}
+        The table's number in the paper.
+
+    Returns
+    -------
+    DataFrame
+        A row per method as printed, accuracies and reductions in percent, with the added columns ``average``
+        (recomputed over the tasks that the row has), ``tasks`` (how many these are) and ``model``.
+
+    Raises
+    ------
+    ValueError
+        Unknown table, or a value that is no percentage.
+    """
+    if number not in TABLES:
+        raise ValueError(f"the paper's result tables are {sorted(TABLES)}, not {number!r}")
+    model, file = TABLES[number]
+    printed = pd.read_csv(DATA / "paper" / file)
+    scores = printed[list(TASKS)]
+    numbers = printed.select_dtypes("number")
+    wrong = ((numbers < 0) | (numbers > 100)).any(axis=1)
+    if wrong.any():
+        raise ValueError(f"{file}: no percentage in the row of {', '.join(printed.method[wrong])}")
+    return printed.assign(average=scores.mean(axis=1), tasks=scores.notna().sum(axis=1), model=model)
+
+
+def margins(number: int) -> pd.DataFrame:
+    """Lead of MoEITS over every other row, on the tasks that both rows have.
+
+    Parameters
+    ----------
+    number : {2, 3, 4}
+        The table's number in the paper.
+
+    Returns
+    -------
+    DataFrame
+        Columns method, tasks (in common), lead (percentage points, mean over these tasks),
+        lead_without_hellaswag.
+    """
+    rows = table(number).set_index("method")[list(TASKS)]
+    differences = rows.loc["MoEITS"] - rows.drop(index="MoEITS")
+    return pd.DataFrame(
+        {
+            "tasks": differences.notna().sum(axis=1),
+            "lead": differences.mean(axis=1),
+            "lead_without_hellaswag": differences.drop(columns="hellaswag").mean(axis=1),
+        }
+    ).reset_index()

