@@ -1,0 +1,81 @@
+"""Small random models of every family, for tests: no two of their sizes are equal by accident."""
+
+import inspect
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+HIDDEN, LAYERS, EXPERTS, TOP_K, NEURONS, VOCABULARY = 64, 3, 8, 2, 32, 128
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": NEURONS,
+    "moe_intermediate_size": NEURONS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "shared_expert_intermediate_size": NEURONS,
+    "shared_intermediate_size": NEURONS,
+    "intermediate_size_mlp": NEURONS,
+    "moe_shared_expert_intermediate_size": NEURONS,
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
+    "moe_num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "num_experts_per_token": TOP_K,
+    "moe_topk": TOP_K,
+    "moe_k": TOP_K,
+}
+
+_LATENT = {"head_dim": 8, "num_key_value_heads": 4, "n_shared_experts": 1}
+
+_SPECIAL = {
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    "qwen2_moe": {"mlp_only_layers": [0]},
+}
+
+
+def tiny_config(family: str, **settings):
+    """Configuration of a small model; `settings` override."""
+    config_class = CONFIG_MAPPING[family]
+    known = set(inspect.signature(config_class.__init__).parameters)
+    for base in config_class.__mro__:
+        known |= set(getattr(base, "__annotations__", {}))
+    common = {key: value for key, value in _COMMON.items() if key in known}
+    return config_class(**{**common, **_SPECIAL.get(family, {}), **settings})
+
+
+def tiny_model(family: str, *, seed: int = 0, **settings):
+    """Small random model whose routers decide clearly and whose biases are not zero."""
+    config = tiny_config(family, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            bias = name.endswith("bias") and ("expert" in name or "router" in name or "correction" in name)
+            if (tensor.dim() >= 2 or bias) and tensor.is_floating_point():
+                tensor.copy_(0.15 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def tokens(*, seed: int = 0, batch: int = 2, length: int = 9) -> torch.Tensor:
+    """Random token ids (batch, length)."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
