@@ -1,0 +1,506 @@
+"""Normalised mutual information between the weights of experts, by histograms. Arrays only.
+
+Every matrix is discretised by itself into equal-width bins, once; a pair then costs one pass over two arrays
+of bin codes. Source: MoEITS, section 4.1, equations 3 to 11, doi:10.48550/arXiv.2604.10603.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import joblib
+import numba
+import numpy as np
+
+from moeits.paths import whole
+
+MAX_BINS = 1 << 16  # codes are uint16
+
+NORMALIZERS: dict[str, Callable[[float, float], float]] = {
+    "geometric": lambda hx, hy: math.sqrt(hx * hy),  # the paper's, eq. 6
+    "arithmetic": lambda hx, hy: (hx + hy) / 2,
+    "min": min,
+    "max": max,
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to measure redundancy.
+
+    Attributes
+    ----------
+    bins : str or int
+        For :func:`nmi_matrix`.
+    diagonal : str
+        For :func:`moeits.selection.select_experts`.
+    weights : mapping of str to mapping, or None
+        Weight of each projection, by model family; None is the plain mean, whatever the family.
+    """
+
+    bins: str | int
+    diagonal: str
+    weights: Mapping[str, Mapping[str, float]] | None
+
+    def projection_weights(self, family: str) -> dict[str, float] | None:
+        """Weights of the projections of a family (``model_type`` of its config), for :func:`nmi_matrix`.
+
+        Raises
+        ------
+        ValueError
+            If the preset has no weights for the family.
+        """
+        if self.weights is None:
+            return None
+        if family not in self.weights:
+            raise ValueError(
+                f"the authors' code has projection weights for {', '.join(self.weights)}, not for {family}: "
+                'use the preset "paper" (plain mean), or give the weights yourself'
+            )
+        return dict(self.weights[family])
+
+
+_FINE_GRAINED = {"gate": 0.2, "up": 0.4, "down": 0.4}
+PRESETS = {
+    "official": Preset(
+        "auto",
+        "zero",
+        {"mixtral": {"gate": 1 / 3, "up": 1 / 3, "down": 1 / 3}}
+        | dict.fromkeys(("qwen2_moe", "deepseek_v2"), _FINE_GRAINED),
+    ),
+    "paper": Preset("auto", "zero", None),
+}
+
+
+class Codes(NamedTuple):
+    """A discretised matrix.
+
+    Attributes
+    ----------
+    codes : ndarray of uint16, shape (N,)
+        Bin of each weight. Only occupied bins are numbered, the fullest first.
+    counts : ndarray of int64, shape (K,)
+        Weights in each of the K occupied bins, descending.
+    entropy : float
+        H(X) in nats (eq. 3).
+    """
+
+    codes: np.ndarray
+    counts: np.ndarray
+    entropy: float
+
+
+def nmi(x: object, y: object, *, bins: str | int = "auto", normalizer: str = "geometric") -> float:
+    """Normalised mutual information of two matrices of weights (eq. 6).
+
+    Parameters
+    ----------
+    x, y : array or tensor, same number of elements N
+        Weights in float64, float32, float16 or bfloat16; they are compared element by element.
+    bins : "auto" or int
+        Number of equal-width bins of each matrix, from its least to its largest value. "auto" is the rule of
+        :func:`auto_bins`.
+    normalizer : {"geometric", "arithmetic", "min", "max"}
+        Mean of the two entropies that the mutual information is divided by; the paper's is the geometric.
+
+    Returns
+    -------
+    float
+        I(X;Y) over that mean, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If a matrix is empty, holds NaN or infinite values, or has a single value (its entropy is zero); if
+        the sizes differ.
+
+    Examples
+    --------
+    >>> x = np.array([0.0, 0.0, 1.0, 1.0])
+    >>> nmi(x, 5 - 2 * x, bins=2)
+    1.0
+    >>> nmi(x, np.array([0.0, 1.0, 0.0, 1.0]), bins=2)
+    0.0
+    """
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer is {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
+    a, b = _discretise_named(x, bins, "x"), _discretise_named(y, bins, "y")
+    if a.codes.size != b.codes.size:
+        raise ValueError(f"x has {a.codes.size} elements and y has {b.codes.size}: they must be equally many")
+    information = max(a.entropy + b.entropy - joint_entropy(a, b), 0.0)
+    return min(information / NORMALIZERS[normalizer](a.entropy, b.entropy), 1.0)
+
+
+def nmi_matrix(
+    block: Mapping[str, object],
+    *,
+    bins: str | int = "auto",
+    projection_weights: Mapping[str, float] | None = None,
+    n_jobs: int | None = None,
+) -> np.ndarray:
+    """NMI matrix R of the experts of one layer (eq. 7 to 11).
+
+    Parameters
+    ----------
+    block : mapping of str to array or tensor, shape (E, rows, columns)
+        Weights of the E experts for each projection, such as ``{"gate": ..., "up": ..., "down": ...}``, in
+        float64, float32, float16 or bfloat16. A sequence of E matrices serves as well.
+    bins : "auto" or int
+        As in :func:`nmi`.
+    projection_weights : mapping of str to float, optional
+        Weight of each projection, divided by their sum; None is the plain mean of eq. 10.
+    n_jobs : int, optional
+        Threads; None takes all cores that this process may use. The result does not depend on it.
+
+    Returns
+    -------
+    ndarray of float64, shape (E, E)
+        Symmetric, zero diagonal.
+
+    Raises
+    ------
+    ValueError
+        If the block is empty, its projections differ in E, the weights' names are not the block's, or a
+        matrix has NaN, infinite values or zero entropy; the message names projection and expert.
+    """
+    sizes = {projection: len(weights) for projection, weights in block.items()}
+    if not sizes or 0 in sizes.values():
+        raise ValueError(f"the block is empty: {sizes or 'no projection'}")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the projections have different numbers of experts: {sizes}")
+    shares = _normalised(projection_weights, list(block))
+    R = np.zeros((min(sizes.values()),) * 2)
+    for projection, weights in block.items():
+        R += shares[projection] * projection_nmi(weights, bins=bins, n_jobs=n_jobs, name=projection)
+    return R
+
+
+def projection_nmi(
+    weights: object, *, bins: str | int = "auto", n_jobs: int | None = None, name: str = "weights"
+) -> np.ndarray:
+    """NMI of all pairs of experts for one projection.
+
+    Parameters
+    ----------
+    weights : array or tensor, shape (E, rows, columns), or sequence of E matrices
+        One projection of the experts of a layer.
+    bins, n_jobs
+        As in :func:`nmi_matrix`.
+    name : str
+        What error messages call the projection.
+
+    Returns
+    -------
+    ndarray of float64, shape (E, E)
+        Symmetric, zero diagonal.
+    """
+    experts = len(weights)
+    workers = joblib.cpu_count() if n_jobs is None else n_jobs
+    if workers < 1:
+        raise ValueError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")
+    with ThreadPoolExecutor(workers) as pool:
+        coded = list(
+            pool.map(lambda e: _discretise_named(weights[e], bins, f"{name} of expert {e}"), range(experts))
+        )
+        elements = {a.codes.size for a in coded}
+        if len(elements) > 1:
+            raise ValueError(f"{name}: the experts have different sizes, {sorted(elements)} weights")
+
+        pairs = list(combinations(range(experts), 2))
+        joint = pool.map(lambda pair: joint_entropy(coded[pair[0]], coded[pair[1]]), pairs)
+        R = np.zeros((experts, experts))
+        for (i, j), entropy in zip(pairs, joint, strict=True):
+            hx, hy = coded[i].entropy, coded[j].entropy
+            R[i, j] = R[j, i] = min(max(hx + hy - entropy, 0.0) / NORMALIZERS["geometric"](hx, hy), 1.0)
+    return R
+
+
+def discretise(weights: object, bins: str | int = "auto") -> Codes:
+    """Replace every weight by the number of its bin.
+
+    Bins have equal width from the least to the largest weight; the last includes its right edge. Edges are
+    made in the precision of the weights, and at least in float32, as NumPy makes them.
+
+    Parameters
+    ----------
+    weights : array or tensor
+        Any shape; float64, float32, float16 or bfloat16.
+    bins : "auto" or int
+        Number of bins.
+
+    Returns
+    -------
+    Codes
+        Codes of the occupied bins, in the order of the flattened weights.
+
+    Raises
+    ------
+    ValueError
+        If there are no weights, some are NaN or infinite, or all lie in one bin.
+    """
+    array, bfloat16 = _as_array(weights)
+    if array.size == 0:
+        raise ValueError("there are no weights")
+    return _code_patterns(array, bfloat16, bins) if array.itemsize == 2 else _code_floats(array, bins)
+
+
+def joint_entropy(a: Codes, b: Codes) -> float:
+    """H(X,Y) in nats (eq. 4) of two discretised matrices with equally many elements."""
+    table = np.zeros((a.counts.size, b.counts.size), dtype=np.uint32)
+    return _entropy(_joint_sum(a.codes, b.codes, table), a.codes.size)
+
+
+def auto_bins(size: int, extent: float, iqr: float) -> int:
+    """Choose the number of bins by NumPy 2.4.6's ``bins="auto"``, whichever NumPy is installed.
+
+    Width = min(max(Freedman-Diaconis, square root / 2), Sturges), that is
+    min(max(2 IQR / N^(1/3), range / (2 sqrt(N))), range / (log2(N) + 1)): at most about 2 sqrt(N) bins.
+
+    Parameters
+    ----------
+    size : int
+        Number of weights N.
+    extent : float
+        Their range, the largest minus the least.
+    iqr : float
+        Their interquartile range, by linear interpolation.
+
+    Returns
+    -------
+    int
+        Number of bins, at least 1.
+    """
+    freedman_diaconis = 2.0 * iqr * size ** (-1.0 / 3.0)
+    width = min(max(freedman_diaconis, extent / math.sqrt(size) / 2), extent / (math.log2(size) + 1.0))
+    return max(math.ceil(extent / width), 1) if width > 0 else 1
+
+
+def write_matrices(
+    path: str | Path, matrices: Mapping[int, np.ndarray], settings: Mapping[str, object]
+) -> None:
+    """Write ``nmi.npz``, whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        Target; an existing file is replaced.
+    matrices : mapping of int to ndarray, shape (E, E)
+        R of each layer; in the file it is called ``layer_N``.
+    settings : mapping
+        What made them (model, fingerprint, preset, bins, ...), kept as JSON under ``settings``.
+    """
+    arrays = {f"layer_{layer}": np.asarray(R, dtype=np.float64) for layer, R in sorted(matrices.items())}
+    with whole(Path(path)) as part, part.open("wb") as file:
+        np.savez(file, settings=np.array(json.dumps(settings, sort_keys=True)), **arrays)
+
+
+def read_matrices(path: str | Path) -> tuple[dict[int, np.ndarray], dict[str, object]]:
+    """Read ``nmi.npz``.
+
+    Returns
+    -------
+    matrices : dict[int, ndarray]
+        R of each layer, ascending.
+    settings : dict
+        What made them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it was not written by :func:`write_matrices`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            settings = json.loads(file["settings"].item())
+            names = (name for name in file.files if name.startswith("layer_"))
+            matrices = {int(name.removeprefix("layer_")): file[name] for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        # np.load raises a different class for every way a file can be damaged.
+        raise ValueError(f"{path} is not an nmi.npz of `moeits nmi`: {error}") from error
+    return dict(sorted(matrices.items())), settings
+
+
+def _normalised(weights: Mapping[str, float] | None, projections: list[str]) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(projections, 1 / len(projections))
+    if set(weights) != set(projections):
+        raise ValueError(
+            f"projection_weights names {', '.join(weights) or 'none'}, the block has {', '.join(projections)}"
+        )
+    total = math.fsum(weights.values())
+    if not (all(weight >= 0 for weight in weights.values()) and 0 < total < math.inf):
+        raise ValueError(f"projection_weights must be finite, not negative, not all zero: {dict(weights)}")
+    return {projection: weight / total for projection, weight in weights.items()}
+
+
+def _discretise_named(weights: object, bins: str | int, name: str) -> Codes:
+    try:
+        return discretise(weights, bins)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _as_array(weights: object) -> tuple[np.ndarray, bool]:
+    """Flatten the weights; 16-bit ones become bit patterns (uint16). Also say whether these are bfloat16."""
+    torch = sys.modules.get("torch")  # a tensor can only come from a torch that is already loaded
+    if torch is not None and isinstance(weights, torch.Tensor):
+        weights = weights.detach().cpu().contiguous().reshape(-1)
+        bfloat16 = weights.dtype == torch.bfloat16
+        array = weights.view(torch.int16).numpy().view(np.uint16) if bfloat16 else weights.numpy()
+    else:
+        array = np.ascontiguousarray(weights).reshape(-1)
+        bfloat16 = array.dtype.name == "bfloat16"
+    if bfloat16 or array.dtype == np.float16:
+        return array.view(np.uint16), bfloat16
+    if array.dtype not in (np.float32, np.float64):
+        raise ValueError(f"the weights are {array.dtype}: give float64, float32, float16 or bfloat16")
+    return array, False
+
+
+def _patterns_as_float32(patterns: np.ndarray, bfloat16: bool) -> np.ndarray:
+    if bfloat16:
+        return (patterns.astype(np.uint32) << 16).view(np.float32)
+    return patterns.view(np.float16).astype(np.float32)
+
+
+def _edges(least: np.floating, largest: np.floating, size: int, iqr: Callable[[], float], bins: str | int):
+    if not np.isfinite(largest - least):
+        raise ValueError("NaN or infinite weights")
+    if least == largest:
+        raise ValueError(f"all weights are {least}, so the entropy is zero and NMI is not defined")
+    if bins == "auto":
+        number = auto_bins(size, float(largest - least), iqr())
+    elif isinstance(bins, int | np.integer) and not isinstance(bins, bool) and bins > 0:
+        number = int(bins)
+    else:
+        raise ValueError(f'bins is {bins!r}: give "auto" or a positive number')
+    if number > MAX_BINS:
+        raise ValueError(f"{number} bins: at most {MAX_BINS} are possible")
+    # Every operation in the weights' own precision: a weight on an edge then falls where NumPy puts it.
+    dtype = least.dtype
+    edges = np.arange(number + 1, dtype=dtype) * dtype.type((largest - least) / number) + least
+    edges[-1] = largest
+    return edges
+
+
+def _iqr(size: int, order_statistics: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Interquartile range, each quartile interpolated linearly from the nearer of its two neighbours."""
+    rank = (size - 1) * np.array([0.25, 0.75])
+    below = rank.astype(np.int64)
+    fraction = rank - below
+    low, high = order_statistics(np.stack([below, np.minimum(below + 1, size - 1)]))
+    quartiles = np.where(fraction < 0.5, low + (high - low) * fraction, high - (high - low) * (1 - fraction))
+    return float(quartiles[1] - quartiles[0])
+
+
+def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int) -> Codes:
+    """Codes of 16-bit weights: all that matters is how often each of the 65,536 bit patterns occurs."""
+    occurrences = _count(patterns)
+    occupied = np.flatnonzero(occurrences).astype(np.uint16)
+    values = _patterns_as_float32(occupied, bfloat16)
+    if not np.isfinite(values).all():
+        raise ValueError("NaN or infinite weights")
+    order = np.argsort(values, kind="stable")
+    occupied, values = occupied[order], values[order]
+    until = np.cumsum(occurrences[occupied])
+
+    def iqr() -> float:
+        return _iqr(patterns.size, lambda ranks: values[np.searchsorted(until, ranks, side="right")])
+
+    edges = _edges(values[0], values[-1], patterns.size, iqr, bins)
+    bin_of_value = np.searchsorted(edges[1:-1], values, side="right")
+    counts = np.zeros(edges.size - 1, dtype=np.int64)
+    np.add.at(counts, bin_of_value, occurrences[occupied])
+    rank_of_bin, counts = _rank(counts)
+    code_of_pattern = np.zeros(1 << 16, dtype=np.uint16)
+    code_of_pattern[occupied] = rank_of_bin[bin_of_value]
+    return Codes(_look_up(patterns, code_of_pattern), counts, _entropy(_xlogx(counts), patterns.size))
+
+
+def _code_floats(array: np.ndarray, bins: str | int) -> Codes:
+    """Codes of float32 and float64 weights, by arithmetic that the edges then correct."""
+
+    def iqr() -> float:
+        return _iqr(array.size, lambda ranks: np.partition(array, np.unique(ranks))[ranks])
+
+    edges = _edges(array.min(), array.max(), array.size, iqr, bins)
+    codes = np.empty(array.size, dtype=np.uint16)
+    rank_of_bin, counts = _rank(_bin(array, edges, codes))
+    return Codes(_look_up(codes, rank_of_bin), counts, _entropy(_xlogx(counts), array.size))
+
+
+def _rank(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rank the occupied bins, the fullest first: often used cells of the joint table then lie together."""
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    if order.size == 1:
+        raise ValueError("all weights lie in one bin, so the entropy is zero and NMI is not defined")
+    rank_of_bin = np.zeros(counts.size, dtype=np.uint16)
+    rank_of_bin[order] = np.arange(order.size)
+    return rank_of_bin, counts[order]
+
+
+def _xlogx(counts: np.ndarray) -> float:
+    return float((counts * np.log(counts)).sum())
+
+
+def _entropy(sum_xlogx: float, size: int) -> float:
+    """H = log N - (1/N) sum c log c, in nats, of counts c that add up to N."""
+    return math.log(size) - sum_xlogx / size
+
+
+@numba.njit(nogil=True, cache=True)
+def _count(patterns):
+    occurrences = np.zeros(1 << 16, dtype=np.int64)
+    for pattern in patterns:
+        occurrences[pattern] += 1
+    return occurrences
+
+
+@numba.njit(nogil=True, cache=True)
+def _look_up(codes, table):
+    out = np.empty(codes.size, dtype=np.uint16)
+    for n in range(codes.size):
+        out[n] = table[codes[n]]
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _bin(array, edges, codes):
+    """Write the bin of every weight into `codes`; return how many weights each bin has."""
+    last = edges.size - 2
+    counts = np.zeros(last + 1, dtype=np.int64)
+    least = edges[0]
+    scale = (last + 1) / (edges[last + 1] - least)
+    for n in range(array.size):
+        x = array[n]
+        b = min(int((x - least) * scale), last)
+        while b > 0 and x < edges[b]:
+            b -= 1
+        while b < last and x >= edges[b + 1]:
+            b += 1
+        codes[n] = b
+        counts[b] += 1
+    return counts
+
+
+@numba.njit(nogil=True, cache=True)
+def _joint_sum(x, y, table):
+    """Sum of c log c over the cells of the joint histogram; `table` is all zero before."""
+    for n in range(x.size):
+        table[x[n], y[n]] += 1
+    total = 0.0
+    for row in range(table.shape[0]):
+        for count in table[row]:
+            if count > 1:
+                total += count * math.log(count)
+    return total
