@@ -280,8 +280,8 @@ def _family(config: object, *, dense: bool) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"models of type {model_type!r} are not known; known are {', '.join(sorted(FAMILIES))}. "
-            "To add a family whose experts are stacked in three-dimensional weights, add it to moeits.families."
-            "FAMILIES and run the tests, which prune a small random model of every family there"
+            "To add a family whose experts are stacked in three-dimensional weights, add it to "
+            "moeits.families.FAMILIES and run the tests: they prune a small random model of every family"
         )
     return FAMILIES[model_type]
 

@@ -46,7 +46,7 @@ def test_expert_block_copies_nothing(model):
 
 
 def test_sizes_by_hand():
-    # Embeddings and head 2 V d; a layer: attention 2 d d + 2 d (2 heads of 16), router E d, two norms; a norm.
+    # Embeddings and head 2 V d; a layer has attention 2 d d + 2 d (2 heads of 16), router E d and two norms.
     model = tiny_model("mixtral")
     expert = 3 * HIDDEN * NEURONS
     other = 2 * 128 * HIDDEN + 3 * (2 * HIDDEN**2 + 2 * HIDDEN * 32 + EXPERTS * HIDDEN + 2 * HIDDEN) + HIDDEN

@@ -1,13 +1,20 @@
 """Pruning in memory: exact, checked before anything changes."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, tiny_model, tokens
+from transformers import AutoModelForCausalLM
 
 from moeits.families import moe_layers, sizes
-from moeits.surgery import masked, prune_model
+from moeits.selection import Kept
+from moeits.surgery import load_model, masked, prune_model, save_model
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v2"])
@@ -141,3 +148,172 @@ def test_quantised_models_are_refused():
     model.is_quantized = True
     with pytest.raises(ValueError, match="quantised"):
         prune_model(model, {0: [0]})
+
+
+OUTSIDE = """
+import sys
+from pathlib import Path
+
+sys.modules["moeits"] = None  # as where it is not installed
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+home = Path(sys.argv[1])
+ids = load_file(home / "tokens.safetensors")["tokens"]
+out = {}
+for folder in sorted(path for path in home.iterdir() if path.is_dir()):
+    remote = folder.name.endswith("uneven")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote).eval()
+    if remote:
+        model.set_experts_implementation("eager")
+    with torch.no_grad():
+        out[f"{folder.name}.logits"] = model(ids).logits
+        out[f"{folder.name}.text"] = model.generate(ids, max_new_tokens=5, do_sample=False)
+save_file(out, home / "out.safetensors")
+"""
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory):
+    """Pruned models, their folders, and what a process without moeits computes with them."""
+    home = tmp_path_factory.mktemp("folders")
+    models = {}
+    for family in ("mixtral", "qwen2_moe", "glm4_moe", "deepseek_v2"):
+        for kind in ("uneven", "even"):
+            model = tiny_model(family)
+            kept = (
+                uneven(model) if kind == "uneven" else {layer.layer: (0, 3, 6) for layer in moe_layers(model)}
+            )
+            models[f"{family}-{kind}"] = prune_model(model, kept)
+            save_model(model, home / f"{family}-{kind}")
+    save_file({"tokens": tokens()}, home / "tokens.safetensors")
+    environment = {**os.environ, "HF_HOME": str(home / ".home"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", OUTSIDE, str(home)], check=True, env=environment, capture_output=True
+    )
+    return home, models, load_file(home / "out.safetensors")
+
+
+KINDS = [
+    f"{f}-{kind}" for f in ("mixtral", "qwen2_moe", "glm4_moe", "deepseek_v2") for kind in ("uneven", "even")
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_folders_load_where_moeits_is_not_installed(outside, name):
+    _, models, out = outside
+    torch.testing.assert_close(out[f"{name}.logits"], logits(models[name]), atol=1e-5, rtol=1e-5)
+    generated = models[name].generate(tokens(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(out[f"{name}.text"], generated)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_load_model_needs_no_code_of_the_folder(outside, name):
+    home, models, _ = outside
+    loaded = load_model(home / name)
+    assert torch.equal(logits(loaded), logits(models[name]))
+    assert sizes(loaded) == sizes(models[name])
+    assert loaded.kept == models[name].kept
+    assert loaded.config.unpruned["total"] == sizes(tiny_model(name.partition("-")[0])).total
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_folders_with_one_count_are_plain_checkpoints(outside, name):
+    home, _, _ = outside
+    settings = json.loads((home / name / "config.json").read_text())
+    plain = name.endswith("-even")
+    assert ("auto_map" in settings) is not plain
+    assert bool(list((home / name).glob("*.py"))) is not plain
+    assert settings["architectures"][0].startswith("Pruned") is not plain
+
+
+def test_names_of_tensors_are_those_of_the_hub(outside):
+    home, _, _ = outside
+    names = set(load_file(home / "mixtral-uneven" / "model.safetensors"))
+    assert {f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight" for expert in range(5)} < names
+    assert "model.layers.0.block_sparse_moe.experts.5.w1.weight" not in names
+    names = set(load_file(home / "qwen2_moe-uneven" / "model.safetensors"))
+    assert "model.layers.1.mlp.experts.2.gate_proj.weight" in names
+
+
+def test_a_model_with_remote_code_can_be_pruned_and_saved_again(outside, tmp_path, monkeypatch):
+    home, models, _ = outside
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    remote = AutoModelForCausalLM.from_pretrained(home / "mixtral-uneven", trust_remote_code=True)
+    assert type(remote).__name__ == "PrunedMixtralForCausalLM"
+    save_model(prune_model(remote, {0: [0, 2], 1: [0, 1], 2: [0]}), tmp_path / "again")
+    reference = prune_model(load_model(home / "mixtral-uneven"), {0: [0, 2], 1: [0, 1], 2: [0]})
+    again = load_model(tmp_path / "again")
+    assert torch.equal(logits(again), logits(reference))
+    first = models["mixtral-uneven"].kept.layers[0]
+    assert again.kept.criterion == "given"
+    assert reference.kept.layers[0] == (first[0], first[2])
+
+
+def test_the_model_card_says_what_was_done(tmp_path):
+    base = tmp_path / "base"
+    tiny_model("mixtral").save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\nWhole.\n")
+    (base / "LICENSE").write_text("Their licence.\n")
+    model = load_model(base)
+    kept = Kept(
+        {0: (0, 1, 4), 1: (2,), 2: tuple(range(8))},
+        dict.fromkeys(range(3), 8),
+        model="base",
+        budget={"tau": 1.25},
+        threshold={0: 0.0123, 1: 0.5, 2: None},
+    )
+    scores = [{"task": "arc_easy", "metric": "acc", "value": 0.4321, "stderr": 0.01, "n": 50}]
+    save_model(prune_model(model, kept), tmp_path / "pruned", scores=scores)
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "license: apache-2.0" in card
+    assert "tau 1.25" in card
+    assert "| 0 | 3 of 8 | 2 | 0.0123 | 0 1 4 |" in card
+    assert "| 1 | 1 of 8 | 1 | 0.5 | 2 |" in card
+    assert "| parameters | 202,688 | 128,192 | 63.2% |" in card
+    assert "| arc_easy | acc | 0.4321 | 0.01 | 50 |" in card
+    assert "10.48550/arXiv.2604.10603" in card
+    assert str(tmp_path) not in card
+    assert (tmp_path / "pruned" / "LICENSE").read_text() == "Their licence.\n"
+    assert Kept.read(tmp_path / "pruned" / "kept.json") == kept
+
+
+def test_saving_leaves_nothing_half_done(tmp_path, monkeypatch):
+    model = prune_model(tiny_model("mixtral"), {0: [0, 1]})
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(FileExistsError, match="taken exists"):
+        save_model(model, tmp_path / "taken")
+    with pytest.raises(ValueError, match="not pruned"):
+        save_model(tiny_model("mixtral"), tmp_path / "whole")
+    monkeypatch.setattr("moeits.surgery.model_card", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_model(model, tmp_path / "broken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_loading_what_is_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="it has no config"):
+        load_model(tmp_path)
+
+
+def test_router_loss_is_refused_only_where_counts_differ():
+    ids = tokens()
+    even = prune_model(tiny_model("mixtral"), {layer: [0, 2, 5] for layer in range(3)})
+    assert even(ids, labels=ids, output_router_logits=True).aux_loss > 0
+    uneven = prune_model(tiny_model("mixtral"), {0: [0, 2, 5]})
+    with pytest.raises(ValueError, match=r"same number of experts in every layer, this model has \[3, 8\]"):
+        uneven(ids, output_router_logits=True)
+
+
+def test_saved_in_bfloat16_and_in_several_files(tmp_path):
+    model = prune_model(tiny_model("qwen2_moe").bfloat16(), {1: [0, 5, 6]})
+    save_model(model, tmp_path / "pruned", max_shard_size="100KB")
+    assert len(list((tmp_path / "pruned").glob("*.safetensors"))) > 1
+    loaded = load_model(tmp_path / "pruned")
+    state = loaded.state_dict()
+    assert loaded.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
