@@ -71,6 +71,8 @@ class Profile(_Strict):
         `questions`, whose sample they contain.
     shots : int
         Examples in the prompt.
+    random_draws : int
+        Random choices of as many experts as stay at a model's own tau, whose perplexity is the control.
     heldout_tokens : int, optional
         Tokens of held-out text for the perplexity; None is all.
     documents : {"packaged", "hub"}
@@ -95,6 +97,7 @@ class Profile(_Strict):
     questions: int | None = Field(default=None, ge=1)
     questions_at_page_tau: int | None = Field(default=None, ge=1)
     shots: int = Field(default=0, ge=0)
+    random_draws: int = Field(default=0, ge=0)
     heldout_tokens: int | None = Field(default=None, ge=512)
     documents: Literal["packaged", "hub"] = "packaged"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")

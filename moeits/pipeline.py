@@ -1,0 +1,406 @@
+"""Algorithm 1 as one call, and the study of a model: each step remembered by the hash of its inputs."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeits import devices, records
+from moeits.paths import CACHE, DATA
+from moeits.profiles import Profile
+from moeits.records import Record
+from moeits.selection import Selection, select_experts, select_share
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DENSE = "dense"
+
+# The modules whose source a step's result depends on.
+_SOURCES = {
+    "miniature": ("miniature", "corpus"),
+    "nmi": ("nmi", "checkpoint"),
+    "scores": ("evaluation", "corpus", "families", "surgery", "selection"),
+}
+
+
+def select(
+    matrices: Mapping[int, np.ndarray],
+    *,
+    tau: float | None = None,
+    n_keep: int | None = None,
+    share: float | None = None,
+    diagonal: str = "zero",
+    at_least: int = 1,
+) -> dict[int, Selection]:
+    """Select the experts of every layer by exactly one of tau, a number per layer, or a share of all.
+
+    Parameters
+    ----------
+    matrices : mapping of int to ndarray, shape (E, E)
+        NMI matrix of each layer.
+    tau, n_keep, share, diagonal, at_least
+        As in :func:`moeits.selection.select_experts` and :func:`moeits.selection.select_share`.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one budget is given, or it is out of range.
+    """
+    if sum(budget is not None for budget in (tau, n_keep, share)) != 1:
+        raise ValueError("give exactly one of tau, n_keep and share")
+    if share is not None:
+        return select_share(matrices, share, diagonal=diagonal, at_least=at_least)[1]
+    return {
+        layer: select_experts(R, tau, n_keep=n_keep, diagonal=diagonal, at_least=at_least)
+        for layer, R in matrices.items()
+    }
+
+
+def simplify(
+    model: "nn.Module | str | Path",
+    *,
+    tau: float | None = None,
+    n_keep: int | None = None,
+    share: float | None = None,
+    preset: str = "paper",
+    at_least: int | None = None,
+    n_jobs: int | None = None,
+) -> "nn.Module":
+    """Algorithm 1 without healing: measure NMI, select, cut the model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, str or Path
+        A causal language model of transformers, changed in place, or the folder of one, which stays as it is.
+    tau, n_keep, share
+        The budget, exactly one of them, as in :func:`select`.
+    preset : {"paper", "official"}
+        See :data:`moeits.nmi.PRESETS`.
+    at_least : int, optional
+        Fewest experts per layer; the family's minimum by default.
+    n_jobs : int, optional
+        Threads of the NMI; all cores by default.
+
+    Returns
+    -------
+    torch.nn.Module
+        The smaller model.
+
+    References
+    ----------
+    Algorithm 1 of arXiv 2604.10603.
+    """
+    from moeits.families import expert_block, moe_layers
+    from moeits.nmi import nmi_matrix, preset_weights
+    from moeits.surgery import load_model, prune_model
+
+    if isinstance(model, str | Path):
+        model = load_model(model)
+    layers = moe_layers(model)
+    weights = preset_weights(preset, model.config.model_type)
+    matrices = {
+        layer.layer: nmi_matrix(expert_block(layer), projection_weights=weights, n_jobs=n_jobs)
+        for layer in layers
+    }
+    floor = max(layer.minimum for layer in layers) if at_least is None else at_least
+    selections = select(matrices, tau=tau, n_keep=n_keep, share=share, at_least=floor)
+    return prune_model(model, {layer: selection.kept for layer, selection in selections.items()})
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model in one profile. Every property and method finds what was done before, or does it.
+
+    Attributes
+    ----------
+    profile : Profile
+        The settings.
+    name : str
+        Name of one of the profile's models, or ``"dense"`` for the profile's baseline.
+    """
+
+    profile: Profile
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name != DENSE:
+            self.profile.model(self.name)
+
+    @property
+    def records(self) -> Path:
+        """Folder of this profile's records."""
+        return DATA / "results" / self.profile.name
+
+    @property
+    def source(self) -> str:
+        """Where the checkpoint comes from, as the profile says it."""
+        if self.name == DENSE:
+            if self.profile.baseline is None:
+                raise ValueError(f"profile {self.profile.name!r} has no dense baseline")
+            return self.profile.baseline
+        return self.profile.model(self.name).source
+
+    @cached_property
+    def folder(self) -> Path:
+        """Folder of the whole model's checkpoint: built, downloaded or as given."""
+        kind, _, rest = self.source.partition(":")
+        if kind == "miniature":
+            from moeits import miniature
+
+            made_of = {"name": rest, "source": _source("miniature"), "lock": records.lock_digest()}
+            folder = CACHE / "miniature" / f"{rest}-{records.digest(made_of)}"
+            if not folder.exists():
+                miniature.build(rest, folder)
+            return folder
+        if kind == "hub":
+            from huggingface_hub import snapshot_download
+
+            revision = self.profile.model(self.name).revision
+            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            return Path(snapshot_download(rest, revision=revision, allow_patterns=patterns))
+        return Path(self.source).expanduser()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the checkpoint."""
+        from moeits.checkpoint import fingerprint
+
+        return fingerprint(self.folder)
+
+    @cached_property
+    def nmi(self) -> Record:
+        """Record of the NMI: mean, IQR and extremes of every layer, seconds."""
+        return self._remember("nmi", self._nmi_inputs, self._measure_nmi)
+
+    @cached_property
+    def matrices(self) -> dict[int, np.ndarray]:
+        """NMI matrix of every Mixture-of-Experts layer, shape (E, E), by the profile's preset."""
+        from moeits.nmi import read_matrices
+
+        if not self._matrices_file.exists():
+            self._measure_nmi()
+        return read_matrices(self._matrices_file)[0]
+
+    def selections(self, tau: float) -> dict[int, Selection]:
+        """Kept and removed experts of every layer at one tau."""
+        return select(self.matrices, tau=tau, at_least=self._floor)
+
+    def scores(self, tau: float | None = None) -> Record:
+        """Record of the sizes, the held-out perplexity and the benchmark scores at one tau, unhealed.
+
+        Parameters
+        ----------
+        tau : float, optional
+            Intensity; without it the whole model is measured.
+        """
+        kept = (
+            None
+            if tau is None
+            else {layer: list(chosen.kept) for layer, chosen in self.selections(tau).items()}
+        )
+        return self._scores("whole" if kept is None else "moeits", tau, kept, self.profile.tasks)
+
+    def controls(self, tau: float) -> list[Record]:
+        """Measure the held-out perplexity with as many experts per layer as at `tau`, but random ones.
+
+        Parameters
+        ----------
+        tau : float
+            Intensity, which sets the number of experts of every layer.
+        """
+        found = []
+        for draw in range(self.profile.random_draws):
+            rng = np.random.default_rng([self.profile.seed, draw])
+            kept = {
+                layer: sorted(rng.choice(len(self.matrices[layer]), len(chosen.kept), replace=False).tolist())
+                for layer, chosen in self.selections(tau).items()
+            }
+            found.append(self._scores(f"random {draw}", tau, kept, []))
+        return found
+
+    def _remember(self, step: str, inputs: dict, measure: Callable, **provenance: Any) -> Record:
+        return records.remember(self.records, step, inputs, measure, provenance=provenance)
+
+    @property
+    def _nmi_inputs(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "preset": self.profile.preset,
+            "source": records.source_digest(_SOURCES["nmi"]),
+            "lock": records.lock_digest(),
+        }
+
+    @property
+    def _matrices_file(self) -> Path:
+        return CACHE / "nmi" / f"{records.digest(self._nmi_inputs)}.npz"
+
+    def _measure_nmi(self) -> tuple[list[dict], dict]:
+        from moeits.checkpoint import expert_blocks, family
+        from moeits.nmi import PRESETS, nmi_matrix, write_matrices
+
+        preset = PRESETS[self.profile.preset]
+        weights = preset.projection_weights(family(self.folder))
+        matrices = {
+            layer: nmi_matrix(block, bins=preset.bins, projection_weights=weights)
+            for layer, block in expert_blocks(self.folder)
+        }
+        write_matrices(self._matrices_file, matrices, {"model": self.name, **self._nmi_inputs})
+        rows = []
+        for layer, R in matrices.items():
+            values = R[np.triu_indices_from(R, 1)]
+            low, high = np.percentile(values, [25, 75])
+            summary = {"mean": values.mean(), "iqr": high - low, "min": values.min(), "max": values.max()}
+            rows += [
+                records.row(
+                    model=self.name,
+                    method="moeits",
+                    task=f"layer {layer}",
+                    metric="nmi",
+                    variant=name,
+                    value=float(value),
+                    n=values.size,
+                    unit="1",
+                )
+                for name, value in summary.items()
+            ]
+        return rows, {}
+
+    def _questions(self, tau: float | None) -> int | None:
+        """Questions per benchmark: more where the model's page compares."""
+        at_page = self.name == DENSE or tau in (None, self.profile.model(self.name).tau)
+        return (self.profile.questions_at_page_tau if at_page else None) or self.profile.questions
+
+    def _scores(
+        self, method: str, tau: float | None, kept: dict[int, list[int]] | None, tasks: list[str]
+    ) -> Record:
+        profile = self.profile
+        device, dtype, _ = devices.choose(profile.device, profile.dtype)
+        settings = {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch_size": profile.batch_size,
+            "seed": profile.seed,
+        }
+        inputs = settings | {
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "method": method,
+            "tau": tau,
+            "kept": None if kept is None else {str(layer): ids for layer, ids in kept.items()},
+            "tasks": tasks,
+            "questions": self._questions(tau),
+            "shots": profile.shots,
+            "documents": profile.documents,
+            "heldout_tokens": profile.heldout_tokens,
+            "source": records.source_digest(_SOURCES["scores"]),
+            "lock": records.lock_digest(),
+        }
+
+        def measure() -> tuple[list[dict], dict]:
+            from transformers import AutoTokenizer
+
+            from moeits import corpus, evaluation
+            from moeits.surgery import load_model, prune_model
+
+            model = load_model(self.folder, dtype=dtype).to(device)
+            kept_share = 1.0
+            if kept is not None:
+                kept_share = sum(map(len, kept.values())) / sum(map(len, self.matrices.values()))
+                prune_model(model, kept)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
+            text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
+            rows = [*_size_rows(model, dense=self.name == DENSE)]
+            rows.append(
+                {"task": "heldout", "metric": "perplexity", "unit": "1", "higher_is_better": False, **text}
+            )
+            details = {}
+            if tasks:
+                items = evaluation.evaluate(
+                    model,
+                    tokenizer,
+                    tasks,
+                    shots=profile.shots,
+                    limit=inputs["questions"],
+                    batch_size=profile.batch_size,
+                    documents=profile.documents,
+                    seed=profile.seed,
+                )
+                rows += evaluation.summarise(items).to_dict("records")
+                details["items"] = items.to_dict("list")
+            del model
+            gc.collect()
+            common = {"model": self.name, "method": method, "tau": tau, "kept_share": kept_share}
+            return [records.row(**common | row) for row in rows], details
+
+        return self._remember("scores", inputs, measure, **settings)
+
+
+def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
+    if dense:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        found = {"parameters": total, "active parameters": total}
+    else:
+        from moeits.families import sizes
+
+        size = sizes(model)
+        found = {
+            "parameters": size.total,
+            "routed-expert parameters": size.routed,
+            "active parameters": size.active,
+            "bytes": size.bytes,
+            "routed experts": sum(size.experts.values()),
+        }
+    return [
+        {"metric": "size", "variant": variant, "value": value, "unit": "bytes" if variant == "bytes" else "1"}
+        for variant, value in found.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a profile: what is done, for which model, and the call that does it or finds it done."""
+
+    stage: str
+    label: str
+    do: Callable[[], object]
+
+
+def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
+    """Every measurement of a profile, in the order in which they build on each other.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    only : str, optional
+        One model of the profile; all, and the dense baseline, without it.
+    """
+    chosen = [only] if only else [*([DENSE] if profile.baseline else []), *profile.models]
+    studies = [Study(profile, name) for name in chosen]
+    for study in studies:
+        yield Step("models", f"{study.name}: checkpoint", lambda study=study: study.folder)
+    for study in studies:
+        if study.name != DENSE:
+            yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi)
+    for study in studies:
+        yield Step("scores", f"{study.name}: whole model", study.scores)
+        if study.name == DENSE:
+            continue
+        own = profile.model(study.name).tau
+        for tau in sorted({*profile.tau_grid, own}, reverse=True):
+            yield Step(
+                "scores", f"{study.name}: tau = {tau:g}", lambda study=study, tau=tau: study.scores(tau)
+            )
+        yield Step(
+            "controls", f"{study.name}: random experts", lambda study=study, own=own: study.controls(own)
+        )
+
+
+def _source(step: str) -> str:
+    return records.source_digest(_SOURCES[step])
