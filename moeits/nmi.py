@@ -21,6 +21,8 @@ import numpy as np
 from moeits.paths import whole
 
 MAX_BINS = 1 << 16  # codes are uint16
+TABLE_CELLS = 1 << 24  # of a joint histogram: 64 MiB per thread
+_XLOGX = np.arange(4096) * np.log(np.maximum(np.arange(4096), 1))
 
 NORMALIZERS: dict[str, Callable[[float, float], float]] = {
     "geometric": lambda hx, hy: math.sqrt(hx * hy),  # the paper's, eq. 6
@@ -133,8 +135,7 @@ def nmi(x: object, y: object, *, bins: str | int = "auto", normalizer: str = "ge
     a, b = _discretise_named(x, bins, "x"), _discretise_named(y, bins, "y")
     if a.codes.size != b.codes.size:
         raise ValueError(f"x has {a.codes.size} elements and y has {b.codes.size}: they must be equally many")
-    information = max(a.entropy + b.entropy - joint_entropy(a, b), 0.0)
-    return min(information / NORMALIZERS[normalizer](a.entropy, b.entropy), 1.0)
+    return _normalise(a.entropy, b.entropy, joint_entropy(a, b), normalizer)
 
 
 def nmi_matrix(
@@ -204,6 +205,7 @@ def projection_nmi(
     workers = joblib.cpu_count() if n_jobs is None else n_jobs
     if workers < 1:
         raise ValueError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")
+    R = np.zeros((experts, experts))
     with ThreadPoolExecutor(workers) as pool:
         coded = list(
             pool.map(lambda e: _discretise_named(weights[e], bins, f"{name} of expert {e}"), range(experts))
@@ -211,13 +213,13 @@ def projection_nmi(
         elements = {a.codes.size for a in coded}
         if len(elements) > 1:
             raise ValueError(f"{name}: the experts have different sizes, {sorted(elements)} weights")
-
+        # A pair is one thread's from beginning to end, so that the number of threads changes no sum.
         pairs = list(combinations(range(experts), 2))
-        joint = pool.map(lambda pair: joint_entropy(coded[pair[0]], coded[pair[1]]), pairs)
-        R = np.zeros((experts, experts))
-        for (i, j), entropy in zip(pairs, joint, strict=True):
-            hx, hy = coded[i].entropy, coded[j].entropy
-            R[i, j] = R[j, i] = min(max(hx + hy - entropy, 0.0) / NORMALIZERS["geometric"](hx, hy), 1.0)
+        size = math.ceil(len(pairs) / 256)
+        groups = [pairs[start : start + size] for start in range(0, len(pairs), size or 1)]
+        for group, joint in zip(groups, pool.map(lambda g: _joint_entropies(coded, g), groups), strict=True):
+            for (i, j), entropy in zip(group, joint, strict=True):
+                R[i, j] = R[j, i] = _normalise(coded[i].entropy, coded[j].entropy, entropy, "geometric")
     return R
 
 
@@ -252,8 +254,7 @@ def discretise(weights: object, bins: str | int = "auto") -> Codes:
 
 def joint_entropy(a: Codes, b: Codes) -> float:
     """H(X,Y) in nats (eq. 4) of two discretised matrices with equally many elements."""
-    table = np.zeros((a.counts.size, b.counts.size), dtype=np.uint32)
-    return _entropy(_joint_sum(a.codes, b.codes, table), a.codes.size)
+    return _joint_entropies([a, b], [(0, 1)])[0]
 
 
 def auto_bins(size: int, extent: float, iqr: float) -> int:
@@ -341,6 +342,23 @@ def _normalised(weights: Mapping[str, float] | None, projections: list[str]) -> 
     if not (all(weight >= 0 for weight in weights.values()) and 0 < total < math.inf):
         raise ValueError(f"projection_weights must be finite, not negative, not all zero: {dict(weights)}")
     return {projection: weight / total for projection, weight in weights.items()}
+
+
+def _normalise(hx: float, hy: float, joint: float, normalizer: str) -> float:
+    """NMI from the three entropies; rounding may carry it out of [0, 1] by an ulp or two."""
+    return min(max(hx + hy - joint, 0.0) / NORMALIZERS[normalizer](hx, hy), 1.0)
+
+
+def _joint_entropies(coded: list[Codes], pairs: list[tuple[int, int]]) -> list[float]:
+    """H(X,Y) of pairs, with one table for all of them."""
+    shapes = [(coded[i].counts.size, coded[j].counts.size) for i, j in pairs]
+    # Where the joint histogram has more cells than the table, as many of its rows at a time as fit.
+    rows = [max(min(kx, TABLE_CELLS // ky), 1) for kx, ky in shapes]
+    table = np.zeros(max(band * ky for band, (_, ky) in zip(rows, shapes, strict=True)), dtype=np.uint32)
+    return [
+        _entropy(_joint_sum(coded[i].codes, coded[j].codes, kx, ky, band, table, _XLOGX), coded[i].codes.size)
+        for (i, j), (kx, ky), band in zip(pairs, shapes, rows, strict=True)
+    ]
 
 
 def _discretise_named(weights: object, bins: str | int, name: str) -> Codes:
@@ -494,13 +512,48 @@ def _bin(array, edges, codes):
 
 
 @numba.njit(nogil=True, cache=True)
-def _joint_sum(x, y, table):
-    """Sum of c log c over the cells of the joint histogram; `table` is all zero before."""
-    for n in range(x.size):
-        table[x[n], y[n]] += 1
+def _joint_sum(x, y, kx, ky, band, table, xlogx):
+    """Sum c log c over the joint histogram of two arrays of codes, `band` of its kx rows at a time.
+
+    `table` holds at least ``band * ky`` cells, all zero, and is left so.
+    """
+    columns = np.uint64(ky)
     total = 0.0
-    for row in range(table.shape[0]):
-        for count in table[row]:
-            if count > 1:
-                total += count * math.log(count)
+    for first in range(0, kx, band):
+        if band == kx:
+            for n in range(x.size):
+                table[np.uint64(x[n]) * columns + np.uint64(y[n])] += np.uint32(1)
+        else:
+            for n in range(x.size):
+                row = np.int64(x[n]) - first
+                if 0 <= row < band:
+                    table[np.uint64(row) * columns + np.uint64(y[n])] += np.uint32(1)
+        total += _drain(table[: min(band, kx - first) * ky], xlogx)
     return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _drain(cells, xlogx):
+    """Sum c log c over the counts c in `cells`, and set them to zero."""
+    small = xlogx.size
+    a = b = c = d = 0.0
+    quads = cells.size // 4 * 4
+    for n in range(0, quads, 4):
+        # Four sums that do not wait for each other; most cells are empty or hold a small count.
+        i, j, k, m = cells[n], cells[n + 1], cells[n + 2], cells[n + 3]
+        if (i | j | k | m) == 0:
+            continue
+        if (i | j | k | m) < small:
+            a += xlogx[i]
+            b += xlogx[j]
+            c += xlogx[k]
+            d += xlogx[m]
+        else:
+            for count in (i, j, k, m):
+                if count > 0:
+                    a += count * math.log(count)
+        cells[n : n + 4] = 0
+    for n in range(quads, cells.size):
+        a += xlogx[cells[n]] if cells[n] < small else cells[n] * math.log(cells[n])
+        cells[n] = 0
+    return (a + b) + (c + d)

@@ -169,6 +169,24 @@ def test_joint_entropy_does_not_depend_on_how_bins_are_numbered(x, y, p, q):
     assert a.entropy + b.entropy - joint == pytest.approx(mutual_info_score(x, y), abs=1e-12)
 
 
+@pytest.mark.parametrize("cells", [1, 40, 200, 1000])
+def test_a_joint_histogram_larger_than_the_table_is_counted_in_bands(monkeypatch, cells):
+    x, y = normal(3000), normal(3000, seed=1)
+    a, b = discretise(x, 97), discretise(x + y, 83)
+    whole = joint_entropy(a, b)
+    monkeypatch.setattr(moeits.nmi, "TABLE_CELLS", cells)
+    assert a.counts.size * b.counts.size > cells
+    assert joint_entropy(a, b) == pytest.approx(whole, abs=1e-12)
+    assert a.entropy + b.entropy - whole == pytest.approx(mutual_info_score(a.codes, b.codes), abs=1e-12)
+
+
+def test_large_counts_are_summed_like_small_ones():
+    # Joint counts from 1 to above the 4,096 that a table of c log c covers.
+    a, b = as_codes(np.repeat(np.arange(6), 3 ** np.arange(4, 10))), as_codes(np.arange(29_484) // 7 % 2)
+    information = mutual_info_score(a.codes, b.codes)
+    assert a.entropy + b.entropy - joint_entropy(a, b) == pytest.approx(information, abs=1e-12)
+
+
 @given(st.integers(0, 10_000), st.integers(2, 300), st.sampled_from([2.0**k for k in range(-6, 7)]))
 @settings(max_examples=40, deadline=None)
 def test_scaling_by_a_power_of_two_and_reflection_change_nothing(seed, size, scale):
