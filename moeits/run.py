@@ -1,0 +1,386 @@
+"""Run notebooks and render the book: strictly, whole or not at all, and only when something has changed."""
+
+import ast
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import nbformat
+import yaml
+from nbformat import NotebookNode
+from pydantic import TypeAdapter, ValidationError
+
+from moeits.pages import make_page
+from moeits.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
+from moeits.records import digest, file_digest, lock_digest
+
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)} | {"Literal": Literal}
+
+
+class NotebookError(RuntimeError):
+    """A cell of a notebook raised; the message names the notebook, the cell and the exception."""
+
+
+class BookError(RuntimeError):
+    """The book does not build without warnings; the message lists them."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a notebook's ``parameters`` cell: ``name: type = default  # help``.
+
+    The default is a literal of the type.
+    """
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type} = {self.default!r}  # {self.help}"
+
+    def check(self, value: object) -> Any:
+        """Return `value` as the declared type.
+
+        Raises
+        ------
+        ValueError
+            If it is not of that type. A whole number passes for a float; nothing else is converted.
+        """
+        try:
+            kind = TypeAdapter(eval(self.type, {"__builtins__": {}, **_TYPES}))
+        except Exception as error:
+            raise ValueError(
+                f"parameter {self.name!r} has the type {self.type!r}; use {', '.join(_TYPES)}, None and |"
+            ) from error
+        try:
+            return kind.validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(f"parameter {self.name!r} must be {self.type}, not {value!r}") from error
+
+
+def inspect(notebook: NotebookNode) -> dict[str, Parameter]:
+    """Read the declared parameters of a notebook.
+
+    Parameters
+    ----------
+    notebook : NotebookNode
+        A notebook; one without a cell tagged ``parameters`` has none.
+
+    Returns
+    -------
+    dict of str to Parameter
+
+    Raises
+    ------
+    ValueError
+        If a line of the cell has no type, no literal default of that type or no comment, or there are two
+        such cells.
+    """
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    if len(cells) > 1:
+        raise ValueError(f"{len(cells)} cells are tagged 'parameters': keep one")
+    source = cells[0].source if cells else ""
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for line in ast.parse(source).body:
+        if isinstance(line, ast.ImportFrom) and line.module == "typing":
+            continue
+        text = ast.unparse(line)
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
+            raise ValueError(f"parameters cell: write `name: type = default  # help`, not `{text}`")
+        if not (explanation := comments.get(line.end_lineno or 0)):
+            raise ValueError(f"parameters cell: `{text}` needs a comment that says what it is")
+        try:
+            default = ast.literal_eval(line.value)
+        except ValueError as error:
+            raise ValueError(f"parameters cell: the default of `{text}` must be a literal") from error
+        parameter = Parameter(line.target.id, ast.unparse(line.annotation), default, explanation)
+        parameter.check(default)
+        found[parameter.name] = parameter
+    return found
+
+
+def check_parameters(notebook: NotebookNode, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the values of parameters against a notebook's declarations.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is unknown (the message lists the known ones) or its value has another type.
+    """
+    known = inspect(notebook)
+    if unknown := sorted(given.keys() - known.keys()):
+        lines = "".join(f"\n  {parameter}" for parameter in known.values()) or " none"
+        raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))}; the notebook has{lines}")
+    return {name: known[name].check(value) for name, value in given.items()}
+
+
+def run_notebook(
+    name: str,
+    *,
+    target: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    kernel: str = "python3",
+    notebooks: Path = NOTEBOOKS,
+    pages: Path = BOOK / "notebooks",
+    figures: Path = DATA / "figures",
+    records: Path = DATA / "results",
+    depends: Iterable[Path] = (),
+    force: bool = False,
+) -> Path:
+    """Run a notebook and make it a page of the book.
+
+    Parameters
+    ----------
+    name : str
+        Name of the notebook in `notebooks`, without ``.ipynb``.
+    target : str, optional
+        Name of the page, `name` by default. Of a notebook that makes several pages, such as ``prune-qwen`` of
+        ``prune``, what follows the notebook's name ends the labels of its figures and tables.
+    parameters : mapping, optional
+        Values that replace those of the ``parameters`` cell.
+    kernel : str
+        Jupyter kernel, one of Python.
+    notebooks, pages, figures, records : Path
+        Folders: committed notebooks, pages, figures (``figures/TARGET`` is this page's), and the records that
+        figures and tables name (searched with its subfolders).
+    depends : iterable of Path
+        Files and folders that the notebook reads, besides the package, ``data/paper`` and ``data/profiles``.
+    force : bool
+        Run even if the page is there and nothing has changed since.
+
+    Returns
+    -------
+    Path
+        The page, written whole or not at all.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such notebook.
+    ValueError
+        If a parameter is unknown or of the wrong type, the prose names an unknown value, or a figure or table
+        a record that does not exist.
+    NotebookError
+        If a cell raises. The notebook as far as it got, with its traceback, stays in ``.cache/notebooks``.
+    """
+    target, given = target or name, dict(parameters or {})
+    source = Path(notebooks) / f"{name}.ipynb"
+    if not source.exists():
+        known = ", ".join(sorted(path.stem for path in Path(notebooks).glob("*.ipynb"))) or "none"
+        raise FileNotFoundError(f"no notebook {name!r} in {notebooks}: there are {known}")
+    notebook = nbformat.read(source, as_version=4)
+    try:
+        given = check_parameters(notebook, given)
+    except ValueError as error:
+        raise ValueError(f"notebook {name!r}: {error}") from error
+    page, made = Path(pages) / f"{target}.ipynb", Path(figures) / target
+    inputs = _notebook_inputs(source, target, given, kernel, depends)
+    if not force and _is_current(page, made, records, inputs):
+        return page
+    variant = target.removeprefix(name).lstrip("-") if target != name else ""
+    with whole(made) as part:
+        part.mkdir()
+        executed = _execute(
+            source, target, given, kernel, {"MOEITS_FIGURES": str(part), "MOEITS_VARIANT": variant}
+        )
+        finished = make_page(
+            executed,
+            about={
+                "notebook": source.name,
+                "page": target,
+                "inputs": inputs,
+                "files": sorted(path.name for path in part.iterdir()),
+            },
+            given=given,
+            values={key: parameter.default for key, parameter in inspect(notebook).items()} | given,
+            variant=variant,
+            files=Path(os.path.relpath(made.resolve(), page.parent.resolve())).as_posix(),
+            records=records,
+        )
+        shutil.rmtree(made, ignore_errors=True)
+    with whole(page) as part:
+        nbformat.write(finished, part)
+    return page
+
+
+def _contents(places: Iterable[Path]) -> list[list[str]]:
+    """Name and hash of every file in folders, or of files; what does not exist counts as empty."""
+    found = []
+    for place in map(Path, places):
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        found += [
+            [os.path.relpath(file, place.parent), file_digest(file)]
+            for file in files
+            if file.is_file() and not {"__pycache__", "_build"} & set(file.relative_to(place.parent).parts)
+        ]
+    return found
+
+
+def _notebook_inputs(
+    source: Path, target: str, given: Mapping[str, Any], kernel: str, depends: Iterable[Path]
+) -> str:
+    """Hash of everything that a page depends on."""
+    places = [source, ROOT / "moeits", DATA / "paper", DATA / "profiles", *depends]
+    return digest([target, given, kernel, lock_digest(), _contents(places)])
+
+
+def _is_current(page: Path, made: Path, records: Path, inputs: str) -> bool:
+    if not page.exists():
+        return False
+    about = nbformat.read(page, as_version=4).metadata.get("moeits", {})
+    return (
+        about.get("inputs") == inputs
+        and all((made / file).exists() for file in about["files"])
+        and all(any(Path(records).rglob(f"*-{record}.json")) for record in about["records"])
+    )
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _execute(
+    source: Path, target: str, given: dict[str, Any], kernel: str, variables: Mapping[str, str]
+) -> NotebookNode:
+    """Run a notebook in an empty folder, so that no relative path works by chance."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    trace = CACHE / "notebooks" / f"{target}.ipynb"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as empty, _environment(variables):
+        try:
+            executed = papermill.execute_notebook(
+                source,
+                trace,
+                parameters=given,
+                kernel_name=kernel,
+                cwd=empty,
+                progress_bar={"desc": target, "leave": False},
+                config=Config({"KernelManager": {"transport": "ipc"}}),  # no open ports
+            )
+        except (PapermillExecutionError, DeadKernelError) as error:
+            cause = "the kernel died, perhaps for lack of memory"
+            if isinstance(error, PapermillExecutionError):
+                first = error.source.strip().partition("\n")[0]
+                cause = f"cell [{error.exec_count}] `{first}` raised {error.ename}: {error.evalue}"
+            raise NotebookError(
+                f"notebook {source.stem!r} (page {target!r}): {cause}\nas far as it got: {trace}"
+            ) from error
+    trace.unlink()
+    return executed
+
+
+def toc_pages(book: Path) -> list[str]:
+    """Names of the pages in a book's ``_toc.yml``, in order, without suffix."""
+
+    def walk(node: Any) -> Iterator[str]:
+        if isinstance(node, list):
+            for item in node:
+                yield from walk(item)
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                if key in ("root", "file"):
+                    yield value
+                else:
+                    yield from walk(value)
+
+    return list(walk(yaml.safe_load((book / "_toc.yml").read_text())))
+
+
+def build_book(book: Path = BOOK, *, force: bool = False) -> Path:
+    """Render the book as HTML, every warning an error.
+
+    Nothing is executed: the notebooks' pages are what :func:`run_notebook` left. The book is built apart and
+    then moved into place, so that a build that fails or is killed leaves the last book as it was.
+
+    Parameters
+    ----------
+    book : Path
+        Folder with ``_config.yml`` and ``_toc.yml``.
+    force : bool
+        Build even if nothing has changed since the last time.
+
+    Returns
+    -------
+    Path
+        ``_build/html/index.html`` in `book`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the table of contents names a page that does not exist.
+    ValueError
+        If two pages have a figure or table of the same label.
+    BookError
+        If the builder warns or fails.
+    """
+    book = Path(book)
+    html = book / "_build" / "html"
+    places = [book, ROOT / "moeits", *_check_pages(book)]  # the package, for its docstrings
+    inputs = digest([lock_digest(), os.environ.get("MOEITS_REPOSITORY"), _contents(places)])
+    stamp = html / ".inputs"
+    if not force and stamp.exists() and stamp.read_text() == inputs:
+        return html / "index.html"
+    with whole(html) as part:
+        built = part.with_name("out")
+        command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(book)]
+        options = ["-n", "-W", "--keep-going", "--path-output", str(built)]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        built = built / "_build" / "html"
+        if done.returncode or not (built / "index.html").exists():
+            log = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr).splitlines()
+            troubles = [line for line in log if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
+            raise BookError("\n".join([f"the book in {book} does not build:", *(troubles or log[-20:])]))
+        (built / stamp.name).write_text(inputs)
+        built.rename(part)
+        shutil.rmtree(html, ignore_errors=True)
+    return html / "index.html"
+
+
+def _check_pages(book: Path) -> list[Path]:
+    """Check that every page exists and no label is used twice; return the folders of the pages' figures."""
+    owners: dict[str, str] = {}
+    folders = set()
+    for name in toc_pages(book):
+        page = next((path for kind in (".md", ".ipynb") if (path := book / f"{name}{kind}").exists()), None)
+        if page is None:
+            raise FileNotFoundError(
+                f"the table of contents names {name!r}, but there is no such page in {book}: "
+                "run its notebook, or write it"
+            )
+        if page.suffix == ".ipynb":
+            notebook = nbformat.read(page, as_version=4)
+            for label in notebook.metadata.get("moeits", {}).get("labels", ()):
+                if (other := owners.setdefault(label, name)) != name:
+                    raise ValueError(f"pages {other!r} and {name!r} both have {label!r}: rename one")
+            for cell in notebook.cells:
+                files = re.findall(r"\{download\}`[^`<]*<([^>`]+)>`", cell.source)
+                folders |= {(page.parent / file).resolve().parent for file in files}
+    return sorted(folders)
