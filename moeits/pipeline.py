@@ -16,6 +16,7 @@ from moeits.records import Record
 from moeits.selection import Selection, select_experts, select_share
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
 DENSE = "dense"
@@ -205,6 +206,15 @@ class Study:
         )
         return self._scores("whole" if kept is None else "moeits", tau, kept, self.profile.tasks)
 
+    @property
+    def taus(self) -> list[float]:
+        """The profile's taus and the model's own, largest first."""
+        return sorted({*self.profile.tau_grid, self.profile.model(self.name).tau}, reverse=True)
+
+    def curve(self) -> list[Record]:
+        """Measure the whole model and then every tau, as :meth:`scores` does."""
+        return [self.scores(), *map(self.scores, self.taus)]
+
     def controls(self, tau: float) -> list[Record]:
         """Measure the held-out perplexity with as many experts per layer as at `tau`, but random ones.
 
@@ -331,14 +341,19 @@ class Study:
                     documents=profile.documents,
                     seed=profile.seed,
                 )
-                rows += evaluation.summarise(items).to_dict("records")
-                details["items"] = items.to_dict("list")
+                rows += _plain(evaluation.summarise(items)).to_dict("records")
+                details["items"] = _plain(items).to_dict("list")
             del model
             gc.collect()
             common = {"model": self.name, "method": method, "tau": tau, "kept_share": kept_share}
             return [records.row(**common | row) for row in rows], details
 
         return self._remember("scores", inputs, measure, **settings)
+
+
+def _plain(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Replace what is missing by None, which JSON can write."""
+    return table.astype(object).where(table.notna(), None)
 
 
 def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
@@ -393,7 +408,7 @@ def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
         if study.name == DENSE:
             continue
         own = profile.model(study.name).tau
-        for tau in sorted({*profile.tau_grid, own}, reverse=True):
+        for tau in study.taus:
             yield Step(
                 "scores", f"{study.name}: tau = {tau:g}", lambda study=study, tau=tau: study.scores(tau)
             )

@@ -38,6 +38,7 @@ ROW_KEYS = {
     "n",
     "unit",
 }
+OPTIONAL_KEYS = {"higher_is_better", "chance", "at_chance"}
 
 
 def digest(inputs: object) -> str:
@@ -163,9 +164,9 @@ def write(folder: Path, record: Record) -> Path:
 
 def row(**values: Any) -> dict[str, Any]:
     """One tidy row; what does not apply is None."""
-    unknown = values.keys() - ROW_KEYS - {"higher_is_better", "layer"}
+    unknown = values.keys() - ROW_KEYS - OPTIONAL_KEYS
     if unknown:
-        raise ValueError(f"unknown columns {sorted(unknown)}: a row has {sorted(ROW_KEYS)}")
+        raise ValueError(f"unknown columns {sorted(unknown)}: a row has {sorted(ROW_KEYS | OPTIONAL_KEYS)}")
     return dict.fromkeys(sorted(ROW_KEYS)) | values
 
 

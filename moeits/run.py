@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,10 @@ import yaml
 from nbformat import NotebookNode
 from pydantic import TypeAdapter, ValidationError
 
+from moeits import pipeline
 from moeits.pages import make_page
 from moeits.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
+from moeits.profiles import Profile
 from moeits.records import digest, file_digest, lock_digest
 
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)} | {"Literal": Literal}
@@ -384,3 +388,76 @@ def _check_pages(book: Path) -> list[Path]:
                 files = re.findall(r"\{download\}`[^`<]*<([^>`]+)>`", cell.source)
                 folders |= {(page.parent / file).resolve().parent for file in files}
     return sorted(folders)
+
+
+def run_profile(
+    profile: Profile,
+    *,
+    book: Path = BOOK,
+    figures: Path = DATA / "figures",
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Measure everything of a profile, run the notebooks and render the book.
+
+    What is there already is left: each step finds its record, and pages and book are kept where nothing that
+    they depend on has changed.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    book, figures : Path
+        Folders of the book's source and of the figures.
+    say : callable
+        Takes the lines of progress, and at the end those that say where the time went.
+
+    Returns
+    -------
+    Path
+        The rendered book's first page.
+
+    Raises
+    ------
+    NotebookError, BookError
+        As :func:`run_notebook` and :func:`build_book`.
+    """
+    steps = [*pipeline.steps(profile), *_page_steps(profile, book, figures)]
+    steps.append(pipeline.Step("book", "rendering the book", partial(build_book, book)))
+    spent: dict[str, float] = {}
+    for number, step in enumerate(steps, start=1):
+        say(f"[{number:2}/{len(steps)}] {step.label}")
+        start = time.perf_counter()
+        index = step.do()
+        seconds = time.perf_counter() - start
+        spent[step.stage] = spent.get(step.stage, 0) + seconds
+        say(f"        {seconds:6.1f} s")
+    say("where the time went:")
+    for stage, seconds in spent.items():
+        say(f"  {stage:<10}{seconds:7.1f} s")
+    say(f"  {'in all':<10}{sum(spent.values()):7.1f} s")
+    return index
+
+
+def _page_steps(profile: Profile, book: Path, figures: Path) -> Iterator[pipeline.Step]:
+    """One step for each page of the table of contents that a notebook makes."""
+    models = {model.page: (name, model) for name, model in profile.models.items()}
+    for page in toc_pages(book):
+        folder, _, target = page.rpartition("/")
+        if folder != "notebooks":
+            continue
+        notebook, parameters = target, {"profile": profile.name}
+        if target in models:
+            name, model = models[target]
+            notebook, parameters = "prune", parameters | {"model": name, "tau": model.tau}
+        yield pipeline.Step(
+            "notebooks",
+            f"notebook {notebook} for page {target}",
+            partial(
+                run_notebook,
+                notebook,
+                target=target,
+                parameters=parameters,
+                pages=book / folder,
+                figures=figures,
+            ),
+        )
