@@ -449,7 +449,7 @@ def _code_floats(array: np.ndarray, bins: str | int) -> Codes:
     """Codes of float32 and float64 weights, by arithmetic that the edges then correct."""
 
     def iqr() -> float:
-        return _iqr(array.size, lambda ranks: np.partition(array, np.unique(ranks))[ranks])
+        return _iqr(array.size, lambda ranks: np.sort(array)[ranks])
 
     edges = _edges(array.min(), array.max(), array.size, iqr, bins)
     codes = np.empty(array.size, dtype=np.uint16)
