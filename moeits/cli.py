@@ -75,10 +75,9 @@ def evaluate(
     items = evaluation.evaluate(model, tokenizer, names, **settings, progress=True)
     scores = evaluation.summarise(items)
     floor = evaluation.baselines(items)
-    click.echo(
-        scores.drop(columns=["metric", "higher_is_better"]).to_string(index=False, float_format="%.4f")
-    )
-    click.echo(floor.to_string(index=False, float_format="%.4f"))
+    for table in (scores.drop(columns=["metric", "higher_is_better"]), floor):
+        shown = table.astype(object).where(table.notna(), "")
+        click.echo(shown.to_string(index=False, float_format="{:.4f}".format))
     if output is not None:
         used = {"tasks": names, **settings, "device": place.type, "dtype": str(number).removeprefix("torch.")}
         content = {

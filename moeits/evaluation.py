@@ -117,7 +117,7 @@ def evaluate(
         ``gold``, ``choice`` and ``choice_norm``, indices of the right answer, the likeliest, and the
         likeliest per character; ``acc`` and ``acc_norm``, 0 or 1 as lm-eval has them; ``bits``, minus the
         base-2 log-likelihood of the gold answer; ``bytes``, its UTF-8 length without the blank before it;
-        ``shots``. ``choice_norm`` and ``acc_norm`` are missing for BoolQ and WinoGrande, where lm-eval has no
+        ``shots``. ``choice_norm`` and ``acc_norm`` are None for BoolQ and WinoGrande, where lm-eval has no
         acc_norm. BoolQ's answer is "yes" or "no", so its bits measure little more than how the model is
         calibrated between the two words. WinoGrande's choices fill a blank and what is scored is the rest of
         the sentence: its bits are those of the rest after the right choice.
@@ -130,7 +130,8 @@ def evaluate(
     FileNotFoundError
         If the documents cannot be loaded.
     """
-    _check_settings(tasks, shots, limit, batch_size, documents, seed)
+    check_tasks(tasks)
+    _check_settings(shots, limit, batch_size, documents, seed)
     _check_model(model, tokenizer, chat_template, max_length)
     with _quiet() as stderr:
         from lm_eval.evaluator import evaluate as run
@@ -169,7 +170,7 @@ def evaluate(
         for name, answered in results["samples"].items()
         for sample in answered
     ]
-    return pd.DataFrame(rows).astype({"choice_norm": "Int64", "acc_norm": "Int64"})
+    return _frame(rows)
 
 
 def _question(task: "ConfigurableTask", sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,15 +294,17 @@ def _packaged(folder: str, process: "Callable[[Dataset], Dataset] | None") -> di
     return {"validation": _Documents(process(documents) if process else documents)}
 
 
-def _check_settings(
-    tasks: Sequence[str], shots: int, limit: int | None, batch_size: int, documents: str, seed: int
-) -> None:
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise a ValueError unless there is a task and all of them are in :data:`TASKS`."""
     known = ", ".join(TASKS)
     if isinstance(tasks, str) or not len(tasks):
         raise ValueError(f"tasks is {tasks!r}: give a list of one or more of {known}")
     for name in tasks:
         if name not in TASKS:
             raise ValueError(f"no task is named {name!r}: the known ones are {known}")
+
+
+def _check_settings(shots: int, limit: int | None, batch_size: int, documents: str, seed: int) -> None:
     if documents not in DOCUMENTS:
         raise ValueError(f"documents is {documents!r}: choose one of {', '.join(DOCUMENTS)}")
     for setting, value, least in [("shots", shots, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)]:
@@ -355,7 +358,7 @@ def _quiet() -> Iterator[io.TextIOBase]:
 _SCORES = {
     "acc": ("accuracy", "acc", None, "share", True),
     "acc_norm": ("accuracy", "acc_norm", None, "share", True),
-    "bits_per_byte": ("information", "bits", "bytes", "bit/byte", False),
+    "bits_per_byte": ("bits per byte", "bits", "bytes", "bit/byte", False),
 }
 MEAN = "mean"
 
@@ -393,10 +396,11 @@ def summarise(items: pd.DataFrame) -> pd.DataFrame:
                 | {"n": len(group), "unit": unit, "higher_is_better": higher}
                 | {"chance": TASKS[task].chance if metric == "accuracy" else None}
             )
-    scores = _with_mean(rows, ["metric", "variant", "unit", "higher_is_better"])
-    low = scores["value"] - 2 * scores["stderr"].fillna(0) <= scores["chance"]
-    scores["at_chance"] = low.astype("boolean").mask(scores["chance"].isna())
-    return scores
+    rows = _with_mean(rows, "variant", value="value", means=("chance",))
+    for row in rows:
+        low = not row["value"] - 2 * row["stderr"] > (row["chance"] or 0)
+        row["at_chance"] = None if row["chance"] is None else low
+    return _frame(rows)
 
 
 def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
@@ -433,23 +437,25 @@ def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
         )
     rows = []
     for task, group in both.groupby("task", sort=False):
-        for variant, (metric, column, weights, _, higher) in _SCORES.items():
+        for variant, (metric, column, weights, *_) in _SCORES.items():
             if group[f"{column}_a"].isna().any():
                 continue
             gain = group[f"{column}_b"].astype(float) - group[f"{column}_a"].astype(float)
             difference, stderr = ratio(gain, None if weights is None else group[weights])
-            row = {"task": task, "variant": variant, "difference": difference, "stderr": stderr}
-            if metric == "accuracy":
-                row |= {"lost": int((gain < 0).sum()), "won": int((gain > 0).sum())}
-            rows.append(row | {"n": len(group), "higher_is_better": higher})
-    table = _with_mean(rows, ["variant", "higher_is_better"], value="difference", counts=["n", "lost", "won"])
-    table["flips"] = table["lost"] + table["won"]
-    table["p"] = [_mcnemar(lost, won) for lost, won in zip(table["lost"], table["won"], strict=True)]
-    improves = (table["difference"] > 0) == table["higher_is_better"]
-    outside = table["difference"].abs() > 2 * table["stderr"]
-    table["verdict"] = np.where(outside, np.where(improves, "better", "worse"), "within error")
-    columns = ["task", "variant", "difference", "stderr", "p", "lost", "won", "flips", "n", "verdict"]
-    return table[columns]
+            row = {"task": task, "variant": variant, "difference": difference, "stderr": stderr, "p": None}
+            accuracy = metric == "accuracy"
+            row["lost"] = int((gain < 0).sum()) if accuracy else None
+            row["won"] = int((gain > 0).sum()) if accuracy else None
+            rows.append(row | {"flips": None, "n": len(group)})
+    rows = _with_mean(rows, "variant", value="difference", sums=("n", "lost", "won"))
+    for row in rows:
+        if row["lost"] is not None:
+            row["flips"] = row["lost"] + row["won"]
+            row["p"] = mcnemar(row["lost"], row["won"])
+        gain = row["difference"] if _SCORES[row["variant"]][-1] else -row["difference"]
+        outside = abs(gain) > 2 * row["stderr"]
+        row["verdict"] = "within error" if not outside else "better" if gain > 0 else "worse"
+    return _frame(rows)
 
 
 def baselines(items: pd.DataFrame) -> pd.DataFrame:
@@ -481,7 +487,7 @@ def baselines(items: pd.DataFrame) -> pd.DataFrame:
             rows.append(
                 {"task": task, "baseline": baseline, "value": value, "stderr": error, "n": len(group)}
             )
-    return _with_mean(rows, ["baseline"])
+    return _frame(_with_mean(rows, "baseline", value="value"))
 
 
 def perplexity(
@@ -591,28 +597,58 @@ def ratio(values: "Sequence[float]", weights: "Sequence[float] | None" = None) -
     return float(value), float(sqrt(n / (n - 1) * ((x - value * w) ** 2).sum()) / w.sum())
 
 
-def _mcnemar(lost: float, won: float) -> float:
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided p of McNemar's exact test.
+
+    Parameters
+    ----------
+    lost, won : int
+        Questions that only the first and only the second model has right.
+
+    Returns
+    -------
+    float
+        How likely a fair coin is to fall at least as unevenly; 1 where nothing flipped.
+    """
     from scipy.stats import binomtest
 
-    if np.isnan(lost):
-        return float("nan")
-    flips = int(lost + won)
-    return float(binomtest(int(lost), flips).pvalue) if flips else 1.0
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def _with_mean(
-    rows: list[dict[str, Any]], by: list[str], *, value: str = "value", counts: Sequence[str] = ("n",)
-) -> pd.DataFrame:
-    """Add rows for the mean over the tasks: equal weights, independent errors, summed counts."""
-    table = pd.DataFrame(rows)
-    means = []
-    for keys, group in table.groupby(by, sort=False):
-        mean = dict(zip(by, keys, strict=True)) | {"task": MEAN, value: group[value].mean()}
-        mean["stderr"] = sqrt((group["stderr"] ** 2).sum(skipna=False)) / len(group)
-        if "chance" in group:
-            mean["chance"] = group["chance"].mean()
-        means.append(mean | {name: group[name].sum(skipna=False) for name in counts})
-    return pd.concat([table, pd.DataFrame(means)], ignore_index=True)[list(table)]
+    rows: list[dict[str, Any]],
+    by: str,
+    *,
+    value: str,
+    means: Sequence[str] = (),
+    sums: Sequence[str] = ("n",),
+) -> list[dict[str, Any]]:
+    """Add rows for the mean over the tasks: equal weights, independent errors."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[by], []).append(row)
+    added = []
+    for group in groups.values():
+        mean = group[0] | {
+            "task": MEAN,
+            "stderr": sqrt(sum(row["stderr"] ** 2 for row in group)) / len(group),
+        }
+        for name in (value, *means, *sums):
+            if mean[name] is not None:
+                total = sum(row[name] for row in group)
+                mean[name] = total if name in sums else total / len(group)
+        added.append(mean)
+    return rows + added
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Tabulate rows; what does not apply stays None, as JSON has it."""
+    return pd.DataFrame(
+        {
+            name: pd.Series(values, dtype=object if None in values else None)
+            for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
+        }
+    )
 
 
 def _check_items(items: pd.DataFrame) -> None:

@@ -106,7 +106,7 @@ def tree_logits(
         Logits at the wanted nodes.
     """
     ids = torch.as_tensor(tokens, device=model.device)[None]  # (1, S)
-    keep = torch.as_tensor(wanted, device=model.device)
+    keep = torch.as_tensor(wanted)  # on the CPU: the logits may be on another device than the embedding
     size = len(tokens)
     branches = np.flatnonzero(parents != np.arange(-1, size - 1))
     if not len(branches):  # a single chain: plain causal attention
@@ -295,6 +295,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def attention_window(model: PreTrainedModel) -> int | None:
     """Give the fewest tokens back that a layer attends to, or None where every layer sees all."""
     config = model.config.get_text_config()
+    if set(getattr(config, "layer_types", None) or ()) == {"full_attention"}:
+        return None
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return min((window for window in windows if window), default=None)
 
@@ -318,7 +320,7 @@ def tree_obstacle(model: PreTrainedModel) -> str | None:
         "chunked_attention",
     }
     if layers or model._is_stateful:
-        return f"it carries a recurrent state{': ' + ', '.join(sorted(layers)) if layers else ''}"
+        return f"it has layers other than attention: {', '.join(sorted(layers)) or 'a recurrent state'}"
     if config._attn_implementation not in ("eager", "sdpa"):
         return f"its attention, {config._attn_implementation}, takes no mask of our own"
     draw = np.random.default_rng(0).integers(config.vocab_size, size=16)
