@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def table(
     caption : str
         Printed above the table; MyST Markdown.
     formats : mapping of str to str, optional
-        Column -> format specification, such as ``".1%"``. Other floats are shown to four digits.
+        Column -> format specification of its numbers, such as ``".1%"``. Other floats show four digits.
     records : iterable of str or Record
         Ids of the records that the numbers come from, or the records.
 
@@ -245,7 +246,7 @@ def _csv(data: pd.DataFrame) -> bytes:
 def _cell(value: Any, form: str) -> str:
     if not isinstance(value, str) and pd.isna(value):
         return "–"
-    if form or isinstance(value, float):
+    if isinstance(value, Real) and (form or not isinstance(value, Integral)):
         value = format(value, form or ".4g")
     return _line(str(value)).replace("|", "\\|")
 

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import logging
 import os
 import re
 import shutil
@@ -278,7 +279,12 @@ def _execute(
 
     trace = CACHE / "notebooks" / f"{target}.ipynb"
     trace.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as empty, _environment(variables):
+    # it warns of parameters that it cannot read, such as `tau: float | None`; they are checked by now
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as scratch, _environment(variables):
+        empty = Path(scratch, "empty")
+        empty.mkdir()
+        sockets = {"transport": "ipc", "ip": f"{scratch}/kernel"}  # files instead of open ports
         try:
             executed = papermill.execute_notebook(
                 source,
@@ -287,7 +293,7 @@ def _execute(
                 kernel_name=kernel,
                 cwd=empty,
                 progress_bar={"desc": target, "leave": False},
-                config=Config({"KernelManager": {"transport": "ipc"}}),  # no open ports
+                config=Config({"KernelManager": sockets}),
             )
         except (PapermillExecutionError, DeadKernelError) as error:
             cause = "the kernel died, perhaps for lack of memory"

@@ -1,0 +1,57 @@
+"""Rendering is strict, whole or not at all, and only when something has changed."""
+
+import nbformat
+import pytest
+from sample import PROSE, skeleton
+
+from moeits.run import BookError, build_book
+
+NOTEBOOK = "notebooks/sample-two.ipynb"
+
+
+def prose_only(folder, text="# Start\n\nNothing.\n"):
+    """A book of one page."""
+    book = skeleton(folder / "book", {"index": text})
+    (book / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    return book
+
+
+def with_page(book, name, label):
+    """Add an executed page that has one label."""
+    (book / "notebooks").mkdir(exist_ok=True)
+    about = {"notebook": "x.ipynb", "labels": [label], "records": [], "files": []}
+    notebook = nbformat.v4.new_notebook(metadata={"moeits": about})
+    nbformat.write(notebook, book / "notebooks" / f"{name}.ipynb")
+
+
+def test_missing_page_is_named(tmp_path):
+    book = skeleton(tmp_path / "book", {"index": PROSE})
+    with pytest.raises(FileNotFoundError, match=r"names 'notebooks/sample-two'.*run its notebook"):
+        build_book(book)
+
+
+def test_same_label_on_two_pages_is_named(tmp_path):
+    book = skeleton(tmp_path / "book", {"index": "# Start\n"})
+    with_page(book, "sample-two", "fig-a")
+    with_page(book, "other", "fig-a")
+    (book / "_toc.yml").write_text((book / "_toc.yml").read_text() + "  - file: notebooks/other\n")
+    with pytest.raises(ValueError, match=r"'notebooks/sample-two' and 'notebooks/other' both have 'fig-a'"):
+        build_book(book)
+
+
+@pytest.mark.slow
+def test_warning_is_an_error_and_keeps_the_last_book(tmp_path):
+    book = prose_only(tmp_path)
+    index = build_book(book)
+    before, built = index.read_text(), index.stat().st_mtime_ns
+    assert build_book(book) == index
+    assert index.stat().st_mtime_ns == built, "nothing changed, nothing to build"
+
+    (book / "index.md").write_text("# Start\n\nSee {numref}`fig-none` and {doc}`nowhere`.\n")
+    with pytest.raises(BookError, match=r"(?s)WARNING.*fig-none"):
+        build_book(book)
+    assert index.read_text() == before
+    assert [path.name for path in (book / "_build").iterdir()] == ["html"]
+
+    (book / "index.md").write_text("# Start\n\nSomething else.\n")
+    assert "Something else" in build_book(book).read_text()
