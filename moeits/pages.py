@@ -15,7 +15,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from moeits.paths import CACHE, ROOT
-from moeits.records import Record, digest, environment, read
+from moeits.records import Record, digest, environment, file_digest, read
 
 _PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 _FILES = {"svg": "SVG", "pdf": "PDF", "csv": "data (CSV)"}
@@ -39,7 +39,7 @@ def make_page(
         The notebook with its outputs, which is changed.
     about : mapping
         What the page says of itself in its metadata: notebook, page, inputs, files. Added are the labels of
-        its figures and tables and the records that they name.
+        its figures and tables, and the hash of each record that they name.
     given : mapping
         Parameters that were given.
     values : mapping
@@ -84,15 +84,19 @@ def make_page(
     for cell in cells:
         if cell.cell_type == "markdown":
             cell.source = _refer(_fill(cell.source, values, about["notebook"]), shown, variant)
-    used = sorted({record for side in shown for record in side["records"]})
-    cells.append(_origin(about["notebook"], given, [find_record(record, records) for record in used]))
+    used = {name: find_record(name, records) for side in shown for name in side["records"]}
+    cells.append(_origin(about["notebook"], given, [read(path) for path in used.values()]))
     metadata = {key: executed.metadata[key] for key in ("kernelspec", "language_info")}
-    metadata["moeits"] = {**about, "labels": [side["label"] for side in shown], "records": used}
+    metadata["moeits"] = {
+        **about,
+        "labels": [side["label"] for side in shown],
+        "records": {name: file_digest(used[name]) for name in sorted(used)},
+    }
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
-def find_record(record: str, folder: Path) -> Record:
-    """Read a record by its id.
+def find_record(record: str, folder: Path) -> Path:
+    """Find the file of a record by its id.
 
     Raises
     ------
@@ -102,7 +106,7 @@ def find_record(record: str, folder: Path) -> Record:
     path = next(Path(folder).rglob(f"*-{record}.json"), None)
     if path is None:
         raise ValueError(f"a figure or table names the record {record!r}, which is not in {folder}")
-    return read(path)
+    return path
 
 
 def _glued(notebook: NotebookNode) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 from pydantic import TypeAdapter, ValidationError
 
 from moeits import pipeline
-from moeits.pages import make_page
+from moeits.pages import find_record, make_page
 from moeits.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.profiles import Profile
 from moeits.records import digest, file_digest, lock_digest
@@ -253,8 +253,16 @@ def _is_current(page: Path, made: Path, records: Path, inputs: str) -> bool:
     return (
         about.get("inputs") == inputs
         and all((made / file).exists() for file in about["files"])
-        and all(any(Path(records).rglob(f"*-{record}.json")) for record in about["records"])
+        and all(_digest_of(record, records) == seen for record, seen in about["records"].items())
     )
+
+
+def _digest_of(record: str, records: Path) -> str | None:
+    """Hash of a record as it is now; one that was measured anew has another."""
+    try:
+        return file_digest(find_record(record, records))
+    except ValueError:
+        return None
 
 
 @contextmanager

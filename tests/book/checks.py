@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup, Tag
 
 from moeits.figures import SHORTEST_ALT
 from moeits.pages import find_record
+from moeits.records import read
 from moeits.run import toc_pages
 
 # Attributes by which a page loads something, as opposed to linking to it.
@@ -117,7 +118,7 @@ def records(book: BuiltBook) -> list[str]:
         if page.exists():
             for record in nbformat.read(page, as_version=4).metadata["moeits"]["records"]:
                 try:
-                    find_record(record, book.records)
+                    read(find_record(record, book.records))
                 except ValueError as error:
                     found.append(f"{name}: {error}")
     return found

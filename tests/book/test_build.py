@@ -19,7 +19,7 @@ def prose_only(folder, text="# Start\n\nNothing.\n"):
 def with_page(book, name, label):
     """Add an executed page that has one label."""
     (book / "notebooks").mkdir(exist_ok=True)
-    about = {"notebook": "x.ipynb", "labels": [label], "records": [], "files": []}
+    about = {"notebook": "x.ipynb", "labels": [label], "records": {}, "files": []}
     notebook = nbformat.v4.new_notebook(metadata={"moeits": about})
     nbformat.write(notebook, book / "notebooks" / f"{name}.ipynb")
 

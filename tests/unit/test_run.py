@@ -160,7 +160,7 @@ def test_figures_tables_and_values_of_a_variant(desk):
     page = desk.page("demo-two")
     nbformat.validate(page)
     assert page.metadata.moeits.labels == ["fig-one-two", "fig-two-two", "tab-ys-two"]
-    assert page.metadata.moeits.records == [record]
+    assert list(page.metadata.moeits.records) == [record]
 
     figures = [cell for cell in page.cells if "mystnb" in cell.metadata]
     assert [cell.metadata.mystnb.figure.name for cell in figures] == ["fig-one-two", "fig-two-two"]
@@ -218,6 +218,10 @@ def counted(desk, monkeypatch):
 
 
 def test_unchanged_page_is_kept(counted):
+    page, record = counted.page(), counted.record()
+    (path,) = counted.folders["records"].iterdir()
+    page.metadata.moeits.records = {record: records.file_digest(path)}
+    nbformat.write(page, counted.folders["pages"] / "demo.ipynb")
     counted.run()
     assert len(counted.runs) == 1
 
@@ -245,10 +249,13 @@ def test_change_runs_the_notebook_again(counted, change, tmp_path, monkeypatch):
     assert len(counted.runs) == 2
 
 
-@pytest.mark.parametrize(("lost", "kind"), [("fig-a.svg", "files"), ("abc", "records")])
-def test_lost_figure_or_record_runs_the_notebook_again(counted, lost, kind):
+@pytest.mark.parametrize("lost", ["figure", "record", "record measured anew"])
+def test_lost_figure_or_record_runs_the_notebook_again(counted, lost):
     page = counted.page()
-    page.metadata.moeits[kind] = [lost]
+    if lost == "figure":
+        page.metadata.moeits.files = ["fig-a.svg"]
+    else:
+        page.metadata.moeits.records = {"abc" if lost == "record" else counted.record(): "another hash"}
     nbformat.write(page, counted.folders["pages"] / "demo.ipynb")
     counted.run()
     assert len(counted.runs) == 2
