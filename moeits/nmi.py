@@ -170,15 +170,18 @@ def nmi_matrix(
         If the block is empty, its projections differ in E, the weights' names are not the block's, or a
         matrix has NaN, infinite values or zero entropy; the message names projection and expert.
     """
-    sizes = {projection: len(weights) for projection, weights in block.items()}
-    if not sizes or 0 in sizes.values():
-        raise ValueError(f"the block is empty: {sizes or 'no projection'}")
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the projections have different numbers of experts: {sizes}")
+    if not len(block):
+        raise ValueError("the block is empty: it has no projection")
     shares = _normalised(projection_weights, list(block))
-    R = np.zeros((min(sizes.values()),) * 2)
-    for projection, weights in block.items():
-        R += shares[projection] * projection_nmi(weights, bins=bins, n_jobs=n_jobs, name=projection)
+    R = None
+    for projection in block:
+        # Looked up one at a time: a block may read its projections from disk.
+        part = projection_nmi(block[projection], bins=bins, n_jobs=n_jobs, name=projection)
+        if R is None:
+            R = np.zeros_like(part)
+        if len(part) != len(R):
+            raise ValueError(f"{projection} has {len(part)} experts, the projections before it {len(R)}")
+        R += shares[projection] * part
     return R
 
 
@@ -202,6 +205,8 @@ def projection_nmi(
         Symmetric, zero diagonal.
     """
     experts = len(weights)
+    if not experts:
+        raise ValueError(f"{name}: there are no experts")
     workers = joblib.cpu_count() if n_jobs is None else n_jobs
     if workers < 1:
         raise ValueError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")

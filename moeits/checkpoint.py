@@ -1,0 +1,507 @@
+"""Checkpoints as folders of safetensors files: one projection of one layer at a time, never the whole model.
+
+The layers and their shapes come from the configuration; where their weights lie comes from the names and the
+headers of the files. Nothing here is written for one model.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+import joblib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moeits import records
+from moeits.families import MoELayer, moe_layers
+from moeits.nmi import PRESETS, nmi_matrix
+from moeits.paths import CACHE, whole
+from moeits.surgery import hollow_model, read_config
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES = {
+    "F64": (np.uint64, torch.float64),
+    "F32": (np.uint32, torch.float32),
+    "F16": (np.uint16, torch.float16),
+    "BF16": (np.uint16, torch.bfloat16),
+}
+# Last words of tensors' names, and what they hold: of one expert, or of all experts in three dimensions.
+_ROLES = {
+    "gate_proj": "gate",
+    "w1": "gate",
+    "up_proj": "up",
+    "w3": "up",
+    "down_proj": "down",
+    "w2": "down",
+    "w2_weight": "down",
+    "fc2": "down",
+    "output_linear": "down",
+    "gate_up_proj": "gate_up",
+    "fc1": "gate_up",
+    "input_linear": "gate_up",
+    "w13_weight": "interleaved gate_up",
+}
+_EXPERT = re.compile(
+    r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:\w+\.)*?(?:experts|block_sparse_moe)"
+    r"\.(?:(?P<expert>\d+)\.)?(?P<word>\w+?)(?:\.weight)?$"
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the checkpoint.
+    file : Path
+        The safetensors file that holds it.
+    dtype : str
+        Its type as safetensors spells it: ``"BF16"``, ``"F32"``, ...
+    shape : tuple of int
+        Its shape.
+    start, stop : int
+        First byte in the file, and the one behind the last.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Find every tensor of a checkpoint, from the headers of its files.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder with ``model.safetensors``, or with several files and their index.
+
+    Returns
+    -------
+    dict of str to StoredTensor
+        By name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no safetensors checkpoint, or a file that the index names is missing.
+    ValueError
+        If a file is cut short or is no safetensors file, or lacks a tensor that the index says it holds.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
+        return read_header(folder / SINGLE)
+    try:
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
+    for file in files:
+        if not (folder / file).is_file():
+            count = sum(place == file for place in places.values())
+            raise FileNotFoundError(f"{folder / file} is missing: the index says it holds {count} tensors")
+    headers = {file: read_header(folder / file) for file in files}
+    for name, file in places.items():
+        if name not in headers[file]:
+            raise ValueError(f"{folder / file} does not hold {name}, which the index says it does")
+    return {name: headers[file][name] for name, file in places.items()}
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read the header of one safetensors file, and check that the file is complete.
+
+    Parameters
+    ----------
+    file : Path
+        A safetensors file.
+
+    Returns
+    -------
+    dict of str to StoredTensor
+        Its tensors by name.
+
+    Raises
+    ------
+    ValueError
+        If it is cut short or is no safetensors file.
+
+    References
+    ----------
+    The format: https://github.com/huggingface/safetensors#format
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        data = 8 + length
+        if data > size:
+            raise ValueError(f"{file} is cut short, or is no safetensors file")
+        try:
+            tensors = {
+                name: StoredTensor(
+                    name,
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    *(data + n for n in entry["data_offsets"]),
+                )
+                for name, entry in json.loads(stream.read(length)).items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no safetensors file: {error!r}") from error
+    end = max((tensor.stop for tensor in tensors.values()), default=data)
+    if end > size:
+        raise ValueError(f"{file} is cut short: it has {size:,} bytes of {end:,}")
+    return tensors
+
+
+def family(folder: str | Path) -> str:
+    """Name the family of a checkpoint: the ``model_type`` of its (text) configuration."""
+    return read_config(folder).get_text_config().model_type
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Fingerprint a checkpoint: its configuration, its tensors' names, types and shapes, and some bytes.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a checkpoint.
+
+    Returns
+    -------
+    str
+        Hexadecimal. The same wherever the folder lies and however the tensors are spread over files; another
+        one when the configuration or weights change (64 bytes in the middle of every tensor are read).
+    """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    tensors = stored_tensors(folder)
+    files = {}
+    try:
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            if tensor.file not in files:
+                files[tensor.file] = tensor.file.open("rb", buffering=0)
+            middle = (tensor.start + tensor.stop) // 2
+            hashed.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            first = max(middle - 32, tensor.start)
+            hashed.update(os.pread(files[tensor.file].fileno(), min(64, tensor.stop - first), first))
+    finally:
+        for file in files.values():
+            file.close()
+    return hashed.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """Where one projection of all experts lies: pieces of one shape, one for each expert."""
+
+    pieces: tuple[tuple[Path, int], ...]  # file and first byte
+    shape: tuple[int, int]
+    dtype: str
+    transposed: bool = False
+    neurons: slice = field(
+        default_factory=lambda: slice(None)
+    )  # those of the pieces' neurons that belong to the projection
+
+    def read(self) -> torch.Tensor:
+        bits, dtype = _DTYPES[self.dtype]
+        out = np.empty((len(self.pieces), *self.shape), dtype=bits)
+        descriptors = {file: os.open(file, os.O_RDONLY) for file, _ in self.pieces}
+
+        def fill(expert: int) -> None:
+            file, start = self.pieces[expert]
+            view = memoryview(out[expert].reshape(-1).view(np.uint8))
+            done = 0
+            while done < len(view):  # one call reads at most 2 GiB
+                got = os.preadv(descriptors[file], [view[done:]], start + done)
+                if not got:
+                    raise ValueError(f"{file} is cut short")
+                done += got
+
+        try:
+            with ThreadPoolExecutor(min(joblib.cpu_count(), 8)) as pool:
+                list(pool.map(fill, range(len(self.pieces))))
+        finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+        stacked = torch.from_numpy(out).view(dtype)
+        return (stacked.transpose(1, 2) if self.transposed else stacked)[:, self.neurons]
+
+
+class ExpertBlock(Mapping):
+    """Weights of the experts of one layer, read from disk when they are asked for, and not kept.
+
+    ``block["gate"]`` is a tensor (E, m, d), ``block["up"]`` (E, m, d), ``block["down"]`` (E, d, m), in the
+    type they are stored in. Every access reads anew: keep what you need twice. Blocks can be pickled.
+
+    Attributes
+    ----------
+    layer : int
+        Number of the decoder layer.
+    num_experts : int
+        Routed experts E.
+    minimum : int
+        Fewest experts with which the layer works.
+    """
+
+    def __init__(self, layer: int, minimum: int, projections: Mapping[str, _Projection]) -> None:
+        self.layer = layer
+        self.minimum = minimum
+        self._projections = dict(projections)
+        self.num_experts = len(self._projections["down"].pieces)
+
+    def __getitem__(self, projection: str) -> torch.Tensor:
+        return self._projections[projection].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._projections)
+
+    def __len__(self) -> int:
+        return len(self._projections)
+
+    def __repr__(self) -> str:
+        return f"<ExpertBlock: layer {self.layer}, {self.num_experts} experts, {', '.join(self)}>"
+
+
+def expert_blocks(
+    folder: str | Path, layers: Collection[int] | None = None
+) -> Iterator[tuple[int, ExpertBlock]]:
+    """Go through the Mixture-of-Experts layers of a checkpoint.
+
+    All names, shapes and files are checked before the first layer is given. Weights are read only when a
+    projection of a block is asked for.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a checkpoint of a known family, whole or pruned: one file or several, one tensor for each
+        expert (``experts.N.w1``, ``experts.N.gate_proj``, ...) or for all (``experts.gate_up_proj``, ...).
+    layers : collection of int, optional
+        Decoder layers to read; all by default.
+
+    Yields
+    ------
+    layer : int
+        Number N of ``model.layers.N``.
+    block : ExpertBlock
+        Its weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder, its configuration or a file is missing.
+    ValueError
+        If a file is damaged, a layer lacks an expert or has another shape than the configuration says, the
+        weights are quantised, the model is dense or of an unknown family, or a layer is not one of its own.
+    """
+    config = read_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{folder}: the weights are quantised; save the model dequantised first")
+    expected = {layer.layer: layer for layer in moe_layers(hollow_model(config))}
+    if unknown := sorted(set(layers or ()) - set(expected)):
+        raise ValueError(f"{folder} has no experts in layer {unknown}: it has them in {sorted(expected)}")
+    stored = defaultdict(lambda: defaultdict(dict))
+    for tensor in stored_tensors(folder).values():
+        match = _EXPERT.search(tensor.name)
+        if match and match["word"] in _ROLES:
+            expert = None if match["expert"] is None else int(match["expert"])
+            stored[int(match["layer"])][_ROLES[match["word"]]][expert] = tensor
+    blocks = [
+        ExpertBlock(number, layer.minimum, _projections(layer, stored[number]))
+        for number, layer in expected.items()
+        if layers is None or number in layers
+    ]
+    for block in blocks:
+        yield block.layer, block
+
+
+def measure_nmi(
+    folder: str | Path,
+    *,
+    preset: str = "paper",
+    bins: str | int | None = None,
+    layers: Collection[int] | None = None,
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    progress: bool = False,
+    **backend_options: object,
+) -> tuple[dict[int, np.ndarray], dict[str, object]]:
+    """NMI matrices of a checkpoint, layer by layer. A killed run goes on where it was.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a checkpoint.
+    preset : {"paper", "official"}
+        See :data:`moeits.nmi.PRESETS`.
+    bins : "auto" or int, optional
+        Number of bins, instead of the preset's.
+    layers : collection of int, optional
+        Decoder layers; all by default.
+    n_jobs : int, optional
+        Threads for each layer: by default all cores, or one where a backend spreads the layers.
+    backend : str, optional
+        Backend of joblib that layers are spread by, such as ``"dask"``; without it they follow each other
+        in this process. Its workers must see the folder under the same path.
+    progress : bool
+        Show a bar with the time left.
+    **backend_options
+        For the backend, such as ``scheduler_host`` for Dask.
+
+    Returns
+    -------
+    matrices : dict of int to ndarray, shape (E, E)
+        R of each layer.
+    settings : dict
+        What made them, for :func:`moeits.nmi.write_matrices`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`expert_blocks` and :func:`moeits.nmi.nmi_matrix`; with the layer.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}: choose one of {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    blocks = dict(expert_blocks(folder, layers))
+    kind = family(folder)
+    settings = {
+        "fingerprint": fingerprint(folder),
+        "bins": chosen.bins if bins is None else bins,
+        "projection_weights": chosen.projection_weights(kind),
+        "source": records.source_digest(("nmi", "checkpoint")),
+    }
+    done = CACHE / "nmi" / f"layers-{records.digest(settings)}"
+    files = {layer: done / f"{layer}.npy" for layer in blocks}
+    todo = [block for layer, block in blocks.items() if not files[layer].exists()]
+
+    options = {"bins": settings["bins"], "projection_weights": settings["projection_weights"]}
+    options["n_jobs"] = 1 if backend and n_jobs is None else n_jobs
+    with joblib.parallel_config(backend or "sequential", n_jobs=-1, **backend_options):
+        results = joblib.Parallel(return_as="generator_unordered")(
+            joblib.delayed(_layer_nmi)(block, options) for block in todo
+        )
+        bar = tqdm(
+            results, "NMI", len(blocks), initial=len(blocks) - len(todo), unit="layer", disable=not progress
+        )
+        for layer, R in bar:
+            with whole(files[layer]) as part, part.open("wb") as stream:
+                np.save(stream, R)
+    settings |= {
+        "model": _name(folder),
+        "family": kind,
+        "preset": preset,
+        "diagonal": chosen.diagonal,
+        "minimum": max(block.minimum for block in blocks.values()),
+    }
+    return {layer: np.load(file) for layer, file in files.items()}, settings
+
+
+def _layer_nmi(block: ExpertBlock, options: Mapping[str, object]) -> tuple[int, np.ndarray]:
+    try:
+        return block.layer, nmi_matrix(block, **options)
+    except ValueError as error:
+        raise ValueError(f"layer {block.layer}: {error}") from error
+
+
+def _projections(
+    layer: MoELayer, stored: Mapping[str, Mapping[int | None, StoredTensor]]
+) -> dict[str, _Projection]:
+    """Find each projection of a layer among its stored tensors, by role and expert (None for all experts)."""
+    weights = dict(layer.experts.named_parameters(recurse=False))
+    neurons = 2 if layer.transposed else 1
+    found = {}
+    if "gate_up_proj" in weights:
+        both = weights["gate_up_proj"].shape[1:]
+        half = tuple(size // 2 if axis == neurons else size for axis, size in enumerate(both, start=1))
+        if "gate" in stored or "up" in stored:
+            found |= {name: _whole(layer, name, stored.get(name, {}), half) for name in ("gate", "up")}
+        else:
+            role = next((role for role in stored if role.endswith("gate_up")), "gate_up")
+            interleaved = role != "gate_up" or not getattr(layer.experts, "is_concatenated", True)
+            projection = _whole(layer, role, stored.get(role, {}), tuple(both))
+            found |= _halves(projection, interleaved=interleaved)
+    else:
+        found["up"] = _whole(layer, "up", stored.get("up", {}), tuple(weights["up_proj"].shape[1:]))
+    found["down"] = _whole(layer, "down", stored.get("down", {}), tuple(weights["down_proj"].shape[1:]))
+    return found
+
+
+def _whole(
+    layer: MoELayer, role: str, tensors: Mapping[int | None, StoredTensor], shape: tuple[int, ...]
+) -> _Projection:
+    """Put one role's tensors together, after checking that every expert has one of the right shape."""
+    where = f"layer {layer.layer}: {role}"
+    if fused := tensors.get(None):
+        _check(where, fused, (layer.num_experts, *shape))
+        size = (fused.stop - fused.start) // layer.num_experts
+        pieces = tuple((fused.file, fused.start + expert * size) for expert in range(layer.num_experts))
+        return _Projection(pieces, shape, fused.dtype, layer.transposed)
+    if missing := sorted(set(range(layer.num_experts)) - set(tensors)):
+        which = (
+            "all experts" if len(missing) == layer.num_experts else f"expert {', '.join(map(str, missing))}"
+        )
+        raise ValueError(f"{where} of {which} is missing in the checkpoint")
+    if len(tensors) > layer.num_experts:
+        raise ValueError(f"{where}: {len(tensors)} experts, but {layer.num_experts} by the configuration")
+    for tensor in tensors.values():
+        _check(where, tensor, shape)
+    if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
+        raise ValueError(f"{where}: the experts have different types, {', '.join(sorted(dtypes))}")
+    pieces = tuple((tensors[expert].file, tensors[expert].start) for expert in range(layer.num_experts))
+    return _Projection(pieces, shape, tensors[0].dtype, layer.transposed)
+
+
+def _check(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f"{where}: {tensor.name} is {tensor.dtype}; quantised weights are not read, dequantise them first"
+        )
+    if tensor.shape != shape:
+        raise ValueError(f"{where}: {tensor.name} has shape {tensor.shape}, by the configuration {shape}")
+    if (size := prod(shape) * _DTYPES[tensor.dtype][1].itemsize) != tensor.stop - tensor.start:
+        raise ValueError(f"{tensor.file}: {tensor.name} has {tensor.stop - tensor.start} bytes of {size}")
+
+
+def _halves(both: _Projection, *, interleaved: bool) -> dict[str, _Projection]:
+    """Split gate and up, which are stored as one: gate first, or neuron by neuron."""
+    if interleaved:
+        return {
+            "gate": replace(both, neurons=slice(0, None, 2)),
+            "up": replace(both, neurons=slice(1, None, 2)),
+        }
+    if both.transposed:
+        half = both.shape[1] // 2
+        return {"gate": replace(both, neurons=slice(half)), "up": replace(both, neurons=slice(half, None))}
+    rows, columns = both.shape[0] // 2, both.shape[1]
+    size = rows * columns * _DTYPES[both.dtype][1].itemsize
+    return {
+        name: replace(both, shape=(rows, columns), pieces=tuple((f, at + skip) for f, at in both.pieces))
+        for name, skip in (("gate", 0), ("up", size))
+    }
+
+
+def _name(folder: str | Path) -> str:
+    """Name of a model: its name on the hub where the folder is the hub's cache, else the folder's own."""
+    folder = Path(folder).resolve()
+    cached = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
+    return cached[1].replace("--", "/") if cached else folder.name
