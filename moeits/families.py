@@ -22,24 +22,87 @@ class Family:
     Attributes
     ----------
     minimum : int
-        Fewest experts per layer with which the router still works.
+        Fewest experts with which the router still works, per layer or per group of a router with groups.
+    fixed_top_k : bool
+        Whether all layers share the configuration's top-k, which then bounds the experts of each.
     transposed : bool
         Whether expert weights are stored (E, in, out) by a class that does not say so itself.
     """
 
     minimum: int = 1
+    fixed_top_k: bool = False
     transposed: bool = False
 
 
+# Routers of DeepSeek-V3's kind rank a group, or their only one, by the sum of its two best scores.
+_TWO = Family(minimum=2)
+
 FAMILIES: dict[str, Family] = {
+    "afmoe": Family(),
+    "aria_text": Family(),
+    "axk1": _TWO,
+    "axk2": _TWO,
+    "bailing_hybrid": _TWO,
+    "beam": _TWO,
+    "cohere2_moe": Family(),
     "deepseek_v2": Family(),
-    "glm4_moe": Family(),
+    "deepseek_v3": _TWO,
+    "deepseek_v32": _TWO,
+    "dots1": _TWO,
+    "dots3_note_text": _TWO,
+    "ernie4_5_moe": Family(),
+    "exaone_moe": _TWO,
+    "flex_olmo": Family(),
+    "flint": Family(),
+    "gemma4_text": Family(fixed_top_k=True),
+    "glm4_moe": _TWO,
+    "glm4_moe_lite": _TWO,
+    "glm_moe_dsa": _TWO,
+    "gpt_oss": Family(),
+    "granitemoe": Family(),
+    "granitemoe_swa": Family(),
+    "granitemoehybrid": Family(),
+    "granitemoeshared": Family(),
+    "hunyuan_v1_moe": Family(),
+    "hy_v3": Family(),
+    "hy_v4": _TWO,
+    "inkling2_text": Family(),
+    "jamba": Family(),
+    "kimi_linear": _TWO,
+    "kolibri1": Family(),
+    "laguna": Family(),
+    "lfm2_moe": Family(),
+    "llama4_text": Family(transposed=True),
+    "mellum": Family(),
+    "mimo_v2_flash": _TWO,
+    "minimax": Family(),
+    "minimax_m2": Family(),
+    "minimax_m3_vl_text": Family(),
     "mixtral": Family(),
+    "nemotron_h": _TWO,
+    "olmoe": Family(),
+    "phimoe": Family(minimum=2),  # its router always picks two experts
     "qwen2_moe": Family(),
+    "qwen3_5_moe_text": Family(),
+    "qwen3_moe": Family(),
+    "qwen3_next": Family(),
+    "qwen4_exp_text": Family(),
+    "solar_open": _TWO,
 }
 """Served model types (``config.model_type``); pruning each of them is tested to be exact."""
 
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "dbrx": "all its experts lie in one two-dimensional matrix",
+    "deepseek_v4": "some of its layers pick experts by a table of token ids, so the rest cannot take over",
+    "doge": "its experts are rows of an embedding, found by product keys",
+    "inkling_text": "its router scores the shared experts together with the routed ones",
+    "jetmoe": "its attention heads are routed experts too, and neither kind is stacked as the rule expects",
+    "longcat_flash": "its router also scores experts that compute nothing",
+    "nllb-moe": "an encoder-decoder model, not a causal language model: its experts are separate modules",
+    "switch_transformers": "an encoder-decoder model, not a causal language model: its experts are separate "
+    "modules, and each drops the tokens above its capacity, which those of a removed expert would fill",
+    "zaya": "its router also scores skipping every expert, and hands its state to the next layer's",
+}
 """Model types with experts that cannot be pruned here, and why."""
 
 EXPERT_COUNTS = (
@@ -65,7 +128,7 @@ TOP_KS = (
 
 _ROUTER = re.compile(r"^(gate|router)$|expert_bias|correction_bias|moe_statics")
 _GROUPS = ("num_group", "n_group", "num_groups")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -115,6 +178,22 @@ class MoELayer:
     def top_k_of(self, count: int) -> int:
         """Experts per token when `count` experts remain: never more than the groups that are chosen hold."""
         return min(self.top_k, count * self.top_groups // self.groups)
+
+
+def families_table() -> list[tuple[str, str, str]]:
+    """List the served families.
+
+    Returns
+    -------
+    list of (str, str, str)
+        Model type, class of transformers, and fewest experts per layer.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    return [
+        (name, CLASSES[name], "top-k" if family.fixed_top_k else str(family.minimum))
+        for name, family in sorted(FAMILIES.items())
+    ]
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -328,23 +407,18 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
     ]
     top_ks = [f"{owner}.top_k" for owner, module in scope.items() if type(vars(module).get("top_k")) is int]
     top_k = (
-        vars(scope[top_ks[0].rpartition(".")[0]])["top_k"]
-        if top_ks
-        else next(getattr(config, key) for key in TOP_KS if hasattr(config, key))
+        next(getattr(config, key) for key in TOP_KS if hasattr(config, key))
+        if family.fixed_top_k
+        else vars(scope[top_ks[0].rpartition(".")[0]])["top_k"]
     )
     groups, top_groups = _groups(scope.values())
-    # Routers of DeepSeek-V3's kind rank a group by the sum of its two best scores.
-    per_group = (
-        2 if any("e_score_correction_bias" in key for key in router) and _has_groups(scope.values()) else 1
-    )
     return MoELayer(
         layer=int(number[1]),
         name=block_name,
         experts=experts,
         num_experts=count,
         top_k=top_k,
-        # A router that reads its top-k from the shared configuration needs that many experts in every layer.
-        minimum=max(family.minimum, per_group * groups, 1 if top_ks else top_k),
+        minimum=max(family.minimum * groups, top_k if family.fixed_top_k else 1),
         groups=groups,
         top_groups=top_groups,
         tensors={**dict.fromkeys(stacked, 0), **router},
@@ -361,11 +435,8 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _dimension(tensor: torch.Tensor, count: int) -> int:
-    return list(tensor.shape).index(count)
-
-
-def _has_groups(modules: Iterable[nn.Module]) -> bool:
-    return any(key in vars(module) for module in modules for key in _GROUPS)
+    # The last such one: of a (1, 1) table, that of the experts; in (E, d) the sizes differ.
+    return max(dimension for dimension, size in enumerate(tensor.shape) if size == count)
 
 
 def _groups(modules: Iterable[nn.Module]) -> tuple[int, int]:

@@ -356,7 +356,7 @@ def refuse_router_loss(model: nn.Module, args: tuple, options: Mapping[str, obje
     asked = options.get("output_router_logits")
     if asked or (asked is None and getattr(config, "output_router_logits", False)):
         counts = set(config.num_experts_per_layer.values())
-        if len(counts) > 1 and hasattr(config, "router_aux_loss_coef"):
+        if len(counts) > 1 and hasattr(model, "router_aux_loss_coef"):
             raise ValueError(
                 f"output_router_logits: the auxiliary router loss needs the same number of experts in every "
                 f"layer, this model has {sorted(counts)}; train it without (output_router_logits=False)"
@@ -413,7 +413,7 @@ def _is_plain(config: "PreTrainedConfig") -> bool:
 
 def _remote_code(base: str, layers: Sequence[MoELayer]) -> str:
     """Write the source of a class that builds the pruned model, out of the functions that build it here."""
-    prefixes = {layer.layer: layer.name[: layer.name.index(f".{layer.layer}.") + 1] for layer in layers}
+    prefixes = {layer.layer: f"{layer.name}.".partition(f".{layer.layer}.")[0] + "." for layer in layers}
     tables = {
         (
             tuple((name.removeprefix(start), dimension) for name, dimension in layer.tensors.items()),

@@ -1,48 +1,131 @@
 """The rule that finds Mixture-of-Experts layers, expert blocks, and parameter counts."""
 
+import re
+
 import pytest
 import torch
 from tiny import EXPERTS, HIDDEN, NEURONS, TOP_K, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moeits.families import FAMILIES, check_kept, expert_block, moe_layers, sizes
+from moeits.families import (
+    FAMILIES,
+    REFUSED,
+    Family,
+    check_kept,
+    expert_block,
+    families_table,
+    moe_layers,
+    sizes,
+)
 
-FIRST_MOE_LAYER = {"mixtral": 0, "qwen2_moe": 1, "glm4_moe": 1, "deepseek_v2": 1}
 
-
-@pytest.fixture(scope="module", params=sorted(FIRST_MOE_LAYER))
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
 def model(request):
     return tiny_model(request.param)
 
 
-def test_every_moe_layer_is_found_under_its_decoder_number(model):
+@pytest.mark.parametrize(
+    ("family", "numbers"),
+    [("mixtral", [0, 1, 2]), ("deepseek_v2", [1, 2]), ("qwen3_moe", [0, 2]), ("nemotron_h", [1])],
+)
+def test_every_moe_layer_is_found_under_its_decoder_number(family, numbers):
+    assert [layer.layer for layer in moe_layers(tiny_model(family))] == numbers
+
+
+def test_counts_are_the_configurations(model):
     layers = moe_layers(model)
-    first = FIRST_MOE_LAYER[model.config.model_type]
-    assert [layer.layer for layer in layers] == list(range(first, 3))
     assert {layer.num_experts for layer in layers} == {EXPERTS}
     assert {layer.top_k for layer in layers} == {TOP_K}
 
 
 def test_expert_block_is_what_the_experts_compute(model):
     layer = moe_layers(model)[0]
-    block = expert_block(layer)
-    assert {name: tuple(weights.shape) for name, weights in block.items()} == {
-        "gate": (EXPERTS, NEURONS, HIDDEN),
-        "up": (EXPERTS, NEURONS, HIDDEN),
-        "down": (EXPERTS, HIDDEN, NEURONS),
-    }
-    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
+    block, experts, tokens = expert_block(layer), layer.experts, 4
+    x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(1))
+    biases = dict(experts.named_parameters())
     with torch.no_grad():
-        for expert in range(EXPERTS):
-            chosen = torch.full((4, 1), expert)
-            computed = layer.experts(x, chosen, torch.ones(4, 1))
-            neurons = layer.experts.act_fn(x @ block["gate"][expert].T) * (x @ block["up"][expert].T)
-            torch.testing.assert_close(computed, neurons @ block["down"][expert].T)
+        for expert in (0, 3, EXPERTS - 1):
+            if hasattr(experts, "is_transposed"):  # a class of transformers' interface for experts
+                computed = experts(x, torch.full((tokens, 1), expert), torch.ones(tokens, 1))
+            else:
+                computed = experts(x.repeat(EXPERTS, 1)).view(EXPERTS, tokens, HIDDEN)[expert]
+            up = x @ block["up"][expert].T
+            if "gate" not in block:
+                neurons = experts.act_fn(up)
+            elif getattr(experts, "is_concatenated", True):
+                gate = x @ block["gate"][expert].T
+                apply = getattr(experts, "_apply_gate", None)
+                neurons = apply(torch.cat([gate, up], -1)) if apply else experts.act_fn(gate) * up
+            else:
+                both = torch.stack([x @ block["gate"][expert].T, up], -1).flatten(-2)
+                neurons = experts._apply_gate(both + biases["gate_up_proj_bias"][expert])
+            expected = neurons @ block["down"][expert].T
+            if "down_proj_bias" in biases:
+                expected = expected + biases["down_proj_bias"][expert]
+            torch.testing.assert_close(computed, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_expert_block_copies_nothing(model):
+def test_expert_block_has_the_same_layout_everywhere_and_copies_nothing(model):
     layer = moe_layers(model)[0]
-    assert expert_block(layer)["up"].untyped_storage().data_ptr() == layer.experts.gate_up_proj.data_ptr()
+    block = expert_block(layer)
+    shapes = {"gate": (NEURONS, HIDDEN), "up": (NEURONS, HIDDEN), "down": (HIDDEN, NEURONS)}
+    if model.config.model_type == "nemotron_h":
+        shapes.pop("gate")
+    assert {name: tuple(weights.shape) for name, weights in block.items()} == {
+        name: (EXPERTS, *shape) for name, shape in shapes.items()
+    }
+    stored = {parameter.data_ptr() for parameter in layer.experts.parameters()}
+    assert {weights.untyped_storage().data_ptr() for weights in block.values()} <= stored
+
+
+def test_every_causal_model_of_transformers_with_experts_is_served_or_refused():
+    text_of = {  # the text model of these is served under its own name
+        "dots3_note": "dots3_note_text",
+        "gemma4": "gemma4_text",
+        "llama4": "llama4_text",
+        "qwen3_5_moe": "qwen3_5_moe_text",
+        "qwen4_exp": "qwen4_exp_text",
+    }
+    with_experts = set()
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config_class = CONFIG_MAPPING[name]
+        parts = [config_class, *config_class.sub_configs.values()]
+        fields = {field for part in parts for base in getattr(part, "__mro__", []) for field in vars(base)}
+        if any(re.search(r"^(?!_).*(expert|moe)", field) for field in fields):
+            with_experts.add(text_of.get(name, name))
+    unknown = with_experts - set(FAMILIES) - set(REFUSED)
+    assert not unknown
+    assert set(FAMILIES) <= with_experts
+    assert set(REFUSED) - with_experts == {"nllb-moe", "switch_transformers"}
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_refused_families_are_refused_with_the_reason(family):
+    hollow = torch.nn.Module()
+    hollow.config = CONFIG_MAPPING[family]()
+    with pytest.raises(ValueError, match=f"'{family}' cannot be pruned: {re.escape(REFUSED[family])}"):
+        moe_layers(hollow)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "inkling_text"])
+def test_the_rule_itself_recognises_routers_that_it_cannot_cut(family, monkeypatch):
+    monkeypatch.setitem(FAMILIES, family, Family())
+    monkeypatch.delitem(REFUSED, family)
+    with pytest.raises(ValueError, match="router"):
+        moe_layers(tiny_model(family))
+
+
+def test_the_table_lists_every_family():
+    table = {name: (cls, fewest) for name, cls, fewest in families_table()}
+    assert set(table) == set(FAMILIES)
+    assert table["deepseek_v3"] == ("DeepseekV3ForCausalLM", "2")
+    assert table["gemma4_text"][1] == "top-k"
+
+
+def test_the_table_says_the_fewest_experts(model):
+    fewest = {name: fewest for name, _, fewest in families_table()}[model.config.model_type]
+    assert {layer.minimum for layer in moe_layers(model)} == {TOP_K if fewest == "top-k" else int(fewest)}
 
 
 def test_sizes_by_hand():
@@ -68,6 +151,15 @@ def test_sizes_need_no_weights(model):
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(tiny_config(model.config.model_type), dtype=torch.float32)
     assert sizes(hollow) == sizes(model)
+
+
+def test_sizes_agree_with_the_blocks(model):
+    layers, counted = moe_layers(model), sizes(model)
+    weights = sum(block.numel() for layer in layers for block in expert_block(layer).values())
+    if model.config.model_type == "gpt_oss":
+        weights += len(layers) * EXPERTS * (2 * NEURONS + HIDDEN)  # biases
+    assert counted.routed == weights
+    assert counted.total - counted.active == weights * (EXPERTS - TOP_K) // EXPERTS
 
 
 def test_dense_model_is_refused():

@@ -12,14 +12,18 @@ from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from moeits.families import moe_layers, sizes
+from moeits.families import FAMILIES, moe_layers, sizes
 from moeits.selection import Kept
-from moeits.surgery import load_model, masked, prune_model, save_model
+from moeits.surgery import cut_experts, load_model, masked, prune_model, save_model
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v2"])
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
 def model(request):
     return tiny_model(request.param)
+
+
+# Families whose routers can first choose among groups of experts.
+GROUPED = {"deepseek_v2", *(name for name, family in FAMILIES.items() if family.minimum == 2)} - {"phimoe"}
 
 
 @torch.no_grad()
@@ -27,14 +31,23 @@ def logits(model):
     return model(tokens()).logits
 
 
+def finite_logits(model):
+    out = logits(model)
+    if out.isnan().any():
+        raise ArithmeticError("NaN")
+    return out
+
+
 def uneven(model, largest=5):
     """Other experts and another number of them in every layer: 5, 3 and the family's minimum."""
     layers = moe_layers(model)
-    counts = [largest, 3, layers[0].minimum][-len(layers) :]
+    counts = [largest, 3, layers[0].minimum]
     generator = torch.Generator().manual_seed(3)
     return {
-        layer.layer: torch.randperm(EXPERTS, generator=generator)[: max(n, layer.minimum)].tolist()
-        for layer, n in zip(layers, counts, strict=True)
+        layer.layer: torch.randperm(EXPERTS, generator=generator)[
+            : max(counts[i % 3], layer.minimum)
+        ].tolist()
+        for i, layer in enumerate(layers, start=3 - len(layers))
     }
 
 
@@ -85,15 +98,100 @@ def test_the_minimum_works_and_one_fewer_is_refused(model):
         prune_model(pruned, {layers[0].layer: range(least - 1)})
 
 
-def test_fewer_experts_than_top_k(model):
-    family = model.config.model_type
-    wide = tiny_model(family, num_experts_per_tok=4)
+# Where all layers share one top-k, or the router always picks two, there are never fewer experts than top-k.
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma4_text", "phimoe"}))
+def test_fewer_experts_than_top_k(family):
+    wide = tiny_model(family, top_k=4)
     kept = {layer.layer: [0, 3, 6] for layer in moe_layers(wide)}
     with masked(wide, kept):
         reference = logits(wide)
-    pruned = prune_model(copy.deepcopy(wide), kept)
+    pruned = prune_model(wide, kept)
     assert {layer.top_k for layer in moe_layers(pruned)} == {3}
     torch.testing.assert_close(logits(pruned), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(GROUPED))
+def test_group_limited_routing_is_exact_too(family):
+    options = {"topk_method": "group_limited_greedy"} if family == "deepseek_v2" else {}
+    model = tiny_model(family, n_group=2, topk_group=1, **options)
+    kept = {layer.layer: [0, 3, 4, 7] for layer in moe_layers(model)}
+    with masked(model, kept):
+        reference = logits(model)
+    pruned = logits(prune_model(copy.deepcopy(model), kept))
+    torch.testing.assert_close(pruned, reference, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="groups of experts, which must stay equally large"):
+        prune_model(model, {layer: [0, 1, 2, 4, 5] for layer in kept})
+
+
+@pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if family.minimum > 1))
+def test_below_the_minimum_the_router_itself_breaks(family):
+    model = tiny_model(family)
+    for layer in moe_layers(model):
+        cut_experts(model, [0], 1, layer.tensors, layer.counters, layer.top_ks)
+    with pytest.raises((RuntimeError, IndexError, ArithmeticError), match=r"out of range|NaN"):
+        finite_logits(model)
+
+
+def test_generation_with_a_cache(model):
+    kept = uneven(model)
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with masked(model, kept):
+        reference = model.generate(tokens(), **options)
+    pruned = prune_model(copy.deepcopy(model), kept).generate(tokens(), **options)
+    assert pruned.past_key_values is not None
+    for one, other in zip(pruned.logits, reference.logits, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+# llama4 has one implementation of its experts, and no switch.
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama4_text"}))
+def test_every_implementation_of_the_experts_gives_the_same(family):
+    model = tiny_model(family)
+    prune_model(model, uneven(model))
+    results = []
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        results.append(logits(model))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results[2], results[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_routers_auxiliary_loss_works_or_says_why_not(family):
+    ids = tokens()
+    even, uneven_model = tiny_model(family), tiny_model(family)
+    prune_model(even, {layer.layer: [0, 2, 5] for layer in moe_layers(even)})
+    prune_model(uneven_model, uneven(uneven_model))
+    out = even(ids, labels=ids, output_router_logits=True)
+    plain = even(ids, labels=ids, output_router_logits=False)
+    if getattr(out, "aux_loss", None) is None:
+        assert out.loss == plain.loss  # this family has no such loss, so there is nothing to break
+        uneven_model(ids, labels=ids, output_router_logits=True).loss.backward()
+        return
+    torch.testing.assert_close(out.loss, plain.loss + even.router_aux_loss_coef * out.aux_loss)
+    out.loss.backward()
+    if len({layer.num_experts for layer in moe_layers(uneven_model)}) > 1:
+        with pytest.raises(ValueError, match="same number of experts in every layer, this model has"):
+            uneven_model(ids, labels=ids, output_router_logits=True)
+
+
+def test_saved_and_loaded_again(model, tmp_path):
+    for name, kept in (
+        ("uneven", uneven(model)),
+        ("even", {layer.layer: [1, 4, 6] for layer in moe_layers(model)}),
+    ):
+        pruned = prune_model(copy.deepcopy(model), kept)
+        save_model(pruned, tmp_path / name)
+        loaded = load_model(tmp_path / name)
+        state = loaded.state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in pruned.state_dict().items())
+        torch.testing.assert_close(logits(loaded), logits(pruned), atol=1e-5, rtol=1e-5)
+        assert (tmp_path / name / "modeling_moeits.py").exists() is (len(set(map(len, kept.values()))) > 1)
 
 
 def test_nothing_changes_when_any_layer_is_refused(model):
@@ -118,9 +216,15 @@ def test_sizes_shrink_by_the_removed_experts(model):
     after = sizes(pruned)
     expert = before.routed // (EXPERTS * len(kept))
     assert after.routed == expert * sum(len(ids) for ids in kept.values())
-    routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith("gate.weight"))
-    routers_after = sum(p.numel() for name, p in pruned.named_parameters() if name.endswith("gate.weight"))
-    assert before.other - after.other == routers - routers_after
+    routers = [
+        sum(
+            parameter.numel()
+            for name, parameter in m.named_parameters()
+            if any(name in layer.router for layer in moe_layers(m))
+        )
+        for m in (model, pruned)
+    ]
+    assert before.other - after.other == routers[0] - routers[1]
 
 
 def test_gradients_reach_the_experts_that_stay(model):

@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from moeits.families import TOP_KS
+
 HIDDEN, LAYERS, EXPERTS, TOP_K, NEURONS, VOCABULARY = 64, 3, 8, 2, 32, 128
 
 _COMMON = {
@@ -45,25 +47,88 @@ _COMMON = {
     "moe_k": TOP_K,
 }
 
-_LATENT = {"head_dim": 8, "num_key_value_heads": 4, "n_shared_experts": 1}
+_LATENT = {"head_dim": 8, "num_key_value_heads": 4}
+_FULL = ["full_attention"] * LAYERS
+_MIXED = ["full_attention", "linear_attention", "full_attention"]
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 _SPECIAL = {
-    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "bailing_hybrid": {**_LATENT, "num_hidden_layers": 8},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 1},
+    "deepseek_v3": {**_LATENT, "n_shared_experts": 1},
+    "deepseek_v32": _LATENT,
+    "dots1": {"n_shared_experts": 1, "sliding_window": 32, "layer_types": _FULL},
+    "dots3_note_text": {
+        **_LATENT,
+        "use_sliding_window": False,
+        "index_n_heads": 4,
+        "index_head_dim": 16,
+        "index_topk": 64,
+        "shared_experts_intermediate_size": NEURONS,
+    },
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "top_k_experts": TOP_K,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "gpt_oss": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 32,
+    },
+    "granitemoehybrid": {"layer_types": ["attention"] * LAYERS, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+        "use_mamba_kernels": False,
+    },
+    "kimi_linear": {
+        **_LATENT,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "layer_types": _MIXED,
+    },
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["full_attention", "conv", "full_attention"]},
     "qwen2_moe": {"mlp_only_layers": [0]},
+    "qwen3_moe": {"mlp_only_layers": [1]},
+    "qwen3_5_moe_text": {**_LINEAR, "layer_types": _MIXED},
+    "qwen3_next": {**_LINEAR, "layer_types": _MIXED},
+    "qwen4_exp_text": {
+        **_LINEAR,
+        "hc_lowrank": 8,
+        "layer_types": ["indexed_attention", "linear_attention", "indexed_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
 }
 
 
-def tiny_config(family: str, **settings):
+def tiny_config(family: str, *, top_k: int = TOP_K, **settings):
     """Configuration of a small model; `settings` override."""
     config_class = CONFIG_MAPPING[family]
     known = set(inspect.signature(config_class.__init__).parameters)
     for base in config_class.__mro__:
         known |= set(getattr(base, "__annotations__", {}))
-    common = {key: value for key, value in _COMMON.items() if key in known}
+    common = {key: top_k if key in TOP_KS else value for key, value in _COMMON.items() if key in known}
     return config_class(**{**common, **_SPECIAL.get(family, {}), **settings})
 
 
-def tiny_model(family: str, *, seed: int = 0, **settings):
+def tiny_model(family: str, *, seed: int = 0, **settings) -> torch.nn.Module:
     """Small random model whose routers decide clearly and whose biases are not zero."""
     config = tiny_config(family, **settings)
     generator = torch.Generator().manual_seed(seed)
