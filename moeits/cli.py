@@ -140,5 +140,122 @@ def ablate(model: str | None, profile: str) -> None:
         click.echo(table.dropna(how="all").to_string(float_format="%.4g"))
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="nmi.npz", show_default=True)
+@click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
+@click.option("--layers", help="Decoder layers, such as 0,3,8-11.  [default: all]")
+@click.option("--bins", help='Number of bins, or "auto".  [default: the preset\'s, auto]')
+@click.option(
+    "--n-jobs", type=click.IntRange(1), help="Threads for each layer.  [default: all cores; 1 with --backend]"
+)
+@click.option("--backend", help="Backend of joblib that spreads the layers, such as dask.")
+@click.option("--scheduler", help="Address of the Dask scheduler, for --backend dask.")
+def nmi(
+    folder: Path,
+    output: Path,
+    preset: str,
+    layers: str | None,
+    bins: str | None,
+    n_jobs: int | None,
+    backend: str | None,
+    scheduler: str | None,
+) -> None:
+    """Measure the NMI of all pairs of experts of the checkpoint in FOLDER.
+
+    Layers that are done are remembered: started again, a killed run goes on where it was.
+    """
+    from moeits.checkpoint import measure_nmi
+    from moeits.nmi import write_matrices
+
+    matrices, settings = measure_nmi(
+        folder,
+        preset=preset,
+        bins=int(bins) if bins and bins.isdigit() else bins,
+        layers=None if layers is None else _numbers(layers),
+        n_jobs=n_jobs,
+        backend=backend,
+        progress=True,
+        **({"scheduler_host": scheduler} if scheduler else {}),
+    )
+    write_matrices(output, matrices, settings)
+    click.echo(f"{output}: {len(matrices)} layers of {settings['model']}")
+
+
+def _numbers(text: str) -> list[int]:
+    """Read a list such as 0,3,8-11."""
+    found = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            found += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: write numbers and ranges, such as 0,3,8-11") from None
+    return found
+
+
+@main.command()
+@click.argument("matrices", type=click.Path(path_type=Path))
+@click.option("--tau", type=float, help="Intensity: keep little with a small one, much with a large one.")
+@click.option("--n-keep", type=int, help="Experts to keep in every layer.")
+@click.option("--share", type=float, help="Fraction of all routed experts to keep; finds the tau.")
+@click.option("--at-least", type=int, help="Fewest experts per layer.  [default: the family's minimum]")
+@click.option(
+    "--diagonal",
+    type=click.Choice(["zero", "one", "exclude"]),
+    help="What the threshold takes for the diagonal.  [default: the preset's, zero]",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="kept.json to write.")
+def select(
+    matrices: Path,
+    tau: float | None,
+    n_keep: int | None,
+    share: float | None,
+    at_least: int | None,
+    diagonal: str | None,
+    output: Path | None,
+) -> None:
+    """Select the experts to keep from MATRICES, an nmi.npz of `moeits nmi`, and say why the others go."""
+    from moeits.nmi import read_matrices
+    from moeits.selection import Kept, select_experts, select_share
+
+    budget = {
+        name: value
+        for name, value in (("tau", tau), ("n_keep", n_keep), ("share", share))
+        if value is not None
+    }
+    if len(budget) != 1:
+        raise click.UsageError("give exactly one of --tau, --n-keep and --share")
+    layers, made_by = read_matrices(matrices)
+    options = {
+        "diagonal": diagonal or made_by.get("diagonal", "zero"),
+        "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
+    }
+    if share is None:
+        selections = {layer: select_experts(R, **budget, **options) for layer, R in layers.items()}
+    else:
+        budget["tau"], selections = select_share(layers, share, **options)
+    for layer, selection in selections.items():
+        rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
+        floor = "; stopped there by the floor" if selection.floor_reached else ""
+        click.echo(f"layer {layer}: keeps {len(selection.kept)} of {len(layers[layer])}{rho}{floor}")
+        for step in selection.steps:
+            (i, j), means = step.pair, "{:.6f} and {:.6f}".format(*step.row_means)
+            click.echo(f"  {step.removed} goes: NMI({i}, {j}) = {step.nmi:.6f}, row means {means}")
+    kept = Kept(
+        {layer: selection.kept for layer, selection in selections.items()},
+        {layer: len(R) for layer, R in layers.items()},
+        model=made_by.get("model", ""),
+        fingerprint=made_by.get("fingerprint"),
+        criterion=f"nmi, preset {made_by['preset']}" if "preset" in made_by else "nmi",
+        budget=budget | options,
+        threshold={layer: selection.threshold for layer, selection in selections.items()},
+    )
+    found = "" if share is None else f", tau = {budget['tau']:.6g}"
+    click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all{found}")
+    if output is not None:
+        kept.write(output)
+
+
 if __name__ == "__main__":
     main()

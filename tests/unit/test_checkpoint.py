@@ -5,13 +5,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, LAYERS, tiny_model
 
 from moeits import checkpoint
 from moeits.checkpoint import expert_blocks, family, fingerprint, measure_nmi, read_header, stored_tensors
+from moeits.cli import main
 from moeits.families import FAMILIES, expert_block, moe_layers
-from moeits.nmi import nmi_matrix
+from moeits.nmi import nmi_matrix, read_matrices
+from moeits.selection import Kept, select_experts
 from moeits.surgery import prune_model, save_model
 
 
@@ -285,3 +288,51 @@ def test_the_hubs_cache_gives_the_model_its_name(mixtral, tmp_path):
     folder = tmp_path / "models--some--model-x" / "snapshots" / "0a1b"
     shutil.copytree(mixtral, folder)
     assert measure_nmi(folder, layers=[0])[1]["model"] == "some/model-x"
+
+
+def test_the_commands_nmi_and_select(mixtral, tmp_path):
+    run = CliRunner().invoke
+    out, kept_file = tmp_path / "nmi.npz", tmp_path / "kept.json"
+    result = run(main, ["nmi", str(mixtral), "-o", str(out), "--layers", "0,1-2", "--preset", "official"])
+    assert result.exit_code == 0, result.output
+    matrices, settings = read_matrices(out)
+    assert list(matrices) == [0, 1, 2]
+    np.testing.assert_array_equal(matrices[1], measure_nmi(mixtral, preset="official")[0][1])
+
+    result = run(main, ["select", str(out), "--tau", "0.5", "-o", str(kept_file)])
+    assert result.exit_code == 0, result.output
+    kept = Kept.read(kept_file)
+    selections = {layer: select_experts(R, 0.5) for layer, R in matrices.items()}
+    assert kept.layers == {layer: selection.kept for layer, selection in selections.items()}
+    assert kept.threshold == {layer: selection.threshold for layer, selection in selections.items()}
+    assert kept.budget == {"tau": 0.5, "diagonal": "zero", "at_least": 1}
+    assert kept.fingerprint == fingerprint(mixtral) == settings["fingerprint"]
+    step = selections[1].steps[0]
+    assert f"layer 1: keeps {len(kept.layers[1])} of 8, rho = {kept.threshold[1]:.6f}\n" in result.output
+    assert (
+        f"  {step.removed} goes: NMI({step.pair[0]}, {step.pair[1]}) = {step.nmi:.6f}, row" in result.output
+    )
+    assert f"{kept.share:.1%} of all" in result.output
+
+    result = run(main, ["select", str(out), "--share", "0.75", "-o", str(kept_file)])
+    assert Kept.read(kept_file).share == 0.75
+    assert f"tau = {Kept.read(kept_file).budget['tau']:.6g}" in result.output
+    result = run(main, ["select", str(out), "--n-keep", "1", "--at-least", "1"])
+    assert result.output.count("goes: NMI") == 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["select", "none.npz", "--tau", "1"], "none.npz"),
+        (["select", "none.npz"], "exactly one of --tau, --n-keep and --share"),
+        (["select", "none.npz", "--tau", "1", "--share", "0.5"], "exactly one of"),
+        (["nmi", "nowhere"], "nowhere is no model folder"),
+        (["nmi", "nowhere", "--layers", "1-x"], "write numbers and ranges"),
+    ],
+)
+def test_the_commands_say_what_is_wrong_in_one_line(arguments, message):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit)
+    assert message in result.output
