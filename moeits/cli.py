@@ -22,6 +22,19 @@ def main() -> None:
 
 
 @main.command()
+@click.argument("name")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+def miniature(name: str, output: Path) -> None:
+    """Make the laptop model NAME: smol-mixtral, smol-qwen, smol-deepseek, or dense, their common origin."""
+    import json
+
+    from moeits.miniature import build
+
+    report = json.loads((build(name, output) / "miniature.json").read_text())
+    click.echo(json.dumps(report, indent=1))
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tasks", default="all", show_default=True, help="Names separated by commas, or all five.")
 @click.option(
