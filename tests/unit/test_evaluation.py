@@ -194,7 +194,7 @@ def test_hub_documents_leave_the_task_untouched(tmp_path, monkeypatch):
         "  - {split: train, path: boolq/train-*}\n  - {split: validation, path: boolq/validation-*}\n---\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     task = evaluation.load_task("boolq", shots=3, documents="hub")
     assert (task.config.training_split, task.config.validation_split) == ("train", "validation")
     assert task.config.custom_dataset is None
@@ -211,7 +211,7 @@ def test_hub_documents_leave_the_task_untouched(tmp_path, monkeypatch):
 def test_documents_that_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"hub documents of boolq \(aps/super_glue\).*packaged"):
+    with pytest.raises(FileNotFoundError, match=r"hub's documents of boolq \(aps/super_glue\).*packaged"):
         evaluation.load_task("boolq", documents="hub")
 
 
