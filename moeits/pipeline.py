@@ -1,6 +1,7 @@
 """Algorithm 1 as one call, and the study of a model: each step remembered by the hash of its inputs."""
 
 import gc
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,19 +98,26 @@ def simplify(
     Algorithm 1 of arXiv 2604.10603.
     """
     from moeits.families import expert_block, moe_layers
-    from moeits.nmi import nmi_matrix, preset_weights
+    from moeits.nmi import PRESETS, nmi_matrix
     from moeits.surgery import load_model, prune_model
 
     if isinstance(model, str | Path):
         model = load_model(model)
     layers = moe_layers(model)
-    weights = preset_weights(preset, model.config.model_type)
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    weights = chosen.projection_weights(model.config.model_type)
     matrices = {
-        layer.layer: nmi_matrix(expert_block(layer), projection_weights=weights, n_jobs=n_jobs)
+        layer.layer: nmi_matrix(
+            expert_block(layer), bins=chosen.bins, projection_weights=weights, n_jobs=n_jobs
+        )
         for layer in layers
     }
     floor = max(layer.minimum for layer in layers) if at_least is None else at_least
-    selections = select(matrices, tau=tau, n_keep=n_keep, share=share, at_least=floor)
+    selections = select(
+        matrices, tau=tau, n_keep=n_keep, share=share, diagonal=chosen.diagonal, at_least=floor
+    )
     return prune_model(model, {layer: selection.kept for layer, selection in selections.items()})
 
 
@@ -166,6 +174,16 @@ class Study:
             return Path(snapshot_download(rest, revision=revision, allow_patterns=patterns))
         return Path(self.source).expanduser()
 
+    @property
+    def architecture(self) -> str:
+        """Class of the model in transformers."""
+        return json.loads((self.folder / "config.json").read_text())["architectures"][0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the maker of a laptop model says of it: layout, shares, perplexities."""
+        return json.loads((self.folder / "miniature.json").read_text())
+
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the checkpoint."""
@@ -183,13 +201,19 @@ class Study:
         """NMI matrix of every Mixture-of-Experts layer, shape (E, E), by the profile's preset."""
         from moeits.nmi import read_matrices
 
+        _ = self.nmi  # which writes the file, unless its record is there already
         if not self._matrices_file.exists():
             self._measure_nmi()
         return read_matrices(self._matrices_file)[0]
 
     def selections(self, tau: float) -> dict[int, Selection]:
         """Kept and removed experts of every layer at one tau."""
-        return select(self.matrices, tau=tau, at_least=self._floor)
+        from moeits.families import moe_layers
+        from moeits.nmi import PRESETS
+        from moeits.surgery import hollow_model, read_config
+
+        floor = max(layer.minimum for layer in moe_layers(hollow_model(read_config(self.folder))))
+        return select(self.matrices, tau=tau, diagonal=PRESETS[self.profile.preset].diagonal, at_least=floor)
 
     def scores(self, tau: float | None = None) -> Record:
         """Record of the sizes, the held-out perplexity and the benchmark scores at one tau, unhealed.
@@ -250,16 +274,11 @@ class Study:
         return CACHE / "nmi" / f"{records.digest(self._nmi_inputs)}.npz"
 
     def _measure_nmi(self) -> tuple[list[dict], dict]:
-        from moeits.checkpoint import expert_blocks, family
-        from moeits.nmi import PRESETS, nmi_matrix, write_matrices
+        from moeits.checkpoint import measure_nmi
+        from moeits.nmi import write_matrices
 
-        preset = PRESETS[self.profile.preset]
-        weights = preset.projection_weights(family(self.folder))
-        matrices = {
-            layer: nmi_matrix(block, bins=preset.bins, projection_weights=weights)
-            for layer, block in expert_blocks(self.folder)
-        }
-        write_matrices(self._matrices_file, matrices, {"model": self.name, **self._nmi_inputs})
+        matrices, made_by = measure_nmi(self.folder, preset=self.profile.preset)
+        write_matrices(self._matrices_file, matrices, made_by)
         rows = []
         for layer, R in matrices.items():
             values = R[np.triu_indices_from(R, 1)]
@@ -317,7 +336,10 @@ class Study:
             from moeits import corpus, evaluation
             from moeits.surgery import load_model, prune_model
 
-            model = load_model(self.folder, dtype=dtype).to(device)
+            # On a CPU transformers' grouped matrix product is slower than its plain loop over the experts.
+            plain = device.type == "cpu" and self.name != DENSE
+            options = {"experts_implementation": "eager"} if plain else {}
+            model = load_model(self.folder, dtype=dtype, **options).to(device)
             kept_share = 1.0
             if kept is not None:
                 kept_share = sum(map(len, kept.values())) / sum(map(len, self.matrices.values()))

@@ -1,10 +1,12 @@
-"""A small book of the tests' own, and the project's where it is built."""
+"""A small book of the tests' own, and the project's in the smoke profile."""
+
+import shutil
 
 import pytest
 from checks import BuiltBook
 from sample import sample_book
 
-from moeits import run
+from moeits import profiles, run
 from moeits.paths import BOOK, DATA
 
 
@@ -20,8 +22,23 @@ def sample(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def books(sample):
-    """The sample book, and the project's own if `make book` has built it."""
-    html = BOOK / "_build" / "html"
-    own = [BuiltBook(html, BOOK, DATA)] if (html / "index.html").exists() else []
-    return [sample, *own]
+def smoke(tmp_path_factory):
+    """The project's own book: all its notebooks run in the smoke profile. Also what that printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    source = folder / "book"
+    shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "notebooks"))
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEITS_REPOSITORY", "https://github.com/someone/moeits-fork")
+        index = run.run_profile(
+            profiles.load("smoke"), book=source, figures=folder / "figures", say=said.append
+        )
+    book = BuiltBook(index.parent, source, DATA / "results" / "smoke")
+    book.said = said
+    return book
+
+
+@pytest.fixture(scope="session")
+def books(sample, smoke):
+    """The two books that every check must pass."""
+    return [sample, smoke]

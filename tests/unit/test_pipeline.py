@@ -1,0 +1,159 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tokens
+
+from moeits import pipeline, profiles, records, simplify
+from moeits.families import expert_block, moe_layers
+from moeits.nmi import nmi_matrix
+from moeits.selection import select_experts
+from moeits.surgery import load_model, masked
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random checkpoint in which experts 0 and 1 of every layer are nearly equal."""
+    model = tiny_model("qwen2_moe")
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            for projection in (layer.experts.gate_up_proj, layer.experts.down_proj):
+                projection[1] = projection[0] * (1 + 0.01 * torch.randn_like(projection[0]))
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    model.save_pretrained(path)
+    return path
+
+
+def expected(model, tau, **weights):
+    return {
+        layer.layer: select_experts(nmi_matrix(expert_block(layer), **weights), tau).kept
+        for layer in moe_layers(model)
+    }
+
+
+def test_simplify_is_algorithm_1(folder):
+    whole = load_model(folder)
+    kept = expected(whole, 1.25)
+    assert any(len(ids) < 8 for ids in kept.values())
+    pruned = simplify(folder, tau=1.25)
+    assert {layer.layer: layer.num_experts for layer in moe_layers(pruned)} == {
+        layer: len(ids) for layer, ids in kept.items()
+    }
+    with masked(whole, kept) as reference:
+        torch.testing.assert_close(pruned(tokens()).logits, reference(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_simplify_removes_one_of_two_equal_experts(folder):
+    pruned = simplify(folder, n_keep=7)
+    kept = pruned.kept.layers
+    assert all(len({0, 1} & set(ids)) == 1 for ids in kept.values())
+
+
+def test_presets_weigh_the_projections_differently(folder):
+    model = load_model(folder)
+    official = {"projection_weights": {"gate": 0.2, "up": 0.4, "down": 0.4}}
+    pruned = simplify(folder, tau=1.0, preset="official")
+    assert dict(pruned.kept.layers) == expected(model, 1.0, **official)
+
+
+def test_simplify_changes_the_model_that_it_is_given_and_not_the_folder(folder):
+    before = records.file_digest(folder / "model.safetensors")
+    model = load_model(folder)
+    assert simplify(model, n_keep=4) is model
+    assert {layer.num_experts for layer in moe_layers(model)} == {4}
+    assert records.file_digest(folder / "model.safetensors") == before
+
+
+@pytest.mark.parametrize("budget", [{}, {"tau": 1.0, "n_keep": 4}, {"share": 0.5, "tau": 1.0}])
+def test_exactly_one_budget(folder, budget):
+    with pytest.raises(ValueError, match="exactly one of tau, n_keep and share"):
+        simplify(folder, **budget)
+
+
+def test_unknown_preset_names_the_known_ones(folder):
+    with pytest.raises(ValueError, match="'offical': there are official, paper"):
+        simplify(folder, tau=1.0, preset="offical")
+
+
+@pytest.fixture
+def study(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "DATA", tmp_path / "data")
+    monkeypatch.setattr(pipeline, "CACHE", tmp_path / "cache")
+    settings = profiles.load("laptop").models["smol-qwen"].model_copy(update={"source": str(folder)})
+    profile = profiles.load("laptop", models={"tiny": settings.model_dump()}, random_draws=2, seed=3)
+    return pipeline.Study(profile, "tiny")
+
+
+def test_a_study_measures_the_nmi_once(study, monkeypatch):
+    first = study.matrices
+    monkeypatch.setattr("moeits.checkpoint.measure_nmi", None)
+    again = pipeline.Study(study.profile, study.name)
+    assert again.nmi.id == study.nmi.id
+    assert all(np.array_equal(again.matrices[layer], R) for layer, R in first.items())
+    summary = {(row["task"], row["variant"]): row["value"] for row in study.nmi.rows}
+    for layer, R in first.items():
+        upper = R[np.triu_indices_from(R, 1)]
+        assert summary[f"layer {layer}", "mean"] == pytest.approx(upper.mean())
+        assert summary[f"layer {layer}", "max"] == pytest.approx(upper.max())
+
+
+def test_lost_matrices_are_measured_again_for_the_same_record(study):
+    record, first = study.nmi, study.matrices
+    for file in (pipeline.CACHE / "nmi").glob("*.npz"):
+        file.unlink()
+    again = pipeline.Study(study.profile, study.name)
+    assert again.nmi == record
+    assert all(np.array_equal(again.matrices[layer], R) for layer, R in first.items())
+
+
+def test_selections_keep_the_familys_minimum(study, monkeypatch):
+    assert {layer: chosen.kept for layer, chosen in study.selections(1.25).items()} == {
+        layer: select_experts(R, 1.25).kept for layer, R in study.matrices.items()
+    }
+    real = moe_layers
+    monkeypatch.setattr(
+        "moeits.families.moe_layers",
+        lambda model: [dataclasses.replace(layer, minimum=8) for layer in real(model)],
+    )
+    assert all(len(chosen.kept) == 8 for chosen in study.selections(0.0).values())
+
+
+def test_controls_keep_as_many_experts_as_tau_does_but_others(study, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        pipeline.Study,
+        "_scores",
+        lambda _, method, tau, kept, tasks: asked.append((method, tau, kept, tasks)),
+    )
+    study.controls(1.25)
+    chosen = {layer: selection.kept for layer, selection in study.selections(1.25).items()}
+    assert [(method, tau, tasks) for method, tau, _, tasks in asked] == [
+        ("random 0", 1.25, []),
+        ("random 1", 1.25, []),
+    ]
+    for _, _, kept, _ in asked:
+        assert {layer: len(set(ids)) for layer, ids in kept.items()} == {
+            layer: len(ids) for layer, ids in chosen.items()
+        }
+    assert asked[0][2] != asked[1][2]
+
+
+def test_steps_cover_the_profile_in_order():
+    profile = profiles.load("laptop")
+    steps = list(pipeline.steps(profile))
+    stages = [step.stage for step in steps]
+    assert stages.index("NMI") == stages.count("models") == len(profile.models) + 1
+    assert stages.index("scores") == stages.count("models") + stages.count("NMI")
+    labels = [step.label for step in steps]
+    assert len(set(labels)) == len(labels)
+    for name, model in profile.models.items():
+        taus = {float(label.rpartition("= ")[2]) for label in labels if label.startswith(f"{name}: tau")}
+        assert taus == {*profile.tau_grid, model.tau}
+    only = [step.label for step in pipeline.steps(profile, "smol-qwen")]
+    assert only == [label for label in labels if label.startswith("smol-qwen:")]
+
+
+def test_a_study_of_an_unknown_model_names_the_known_ones():
+    with pytest.raises(ValueError, match="it has smol-mixtral, smol-qwen, smol-deepseek"):
+        pipeline.Study(profiles.load("laptop"), "smol-llama")
