@@ -527,44 +527,24 @@ def _joint_sum(x, y, kx, ky, band, table, wraps, xlogx):
     `table` holds at least ``band * ky`` cells, all zero, and is left so. Its counts have 16 bits, so that
     twice as many fit into a cache; `wraps` lists the cells that went from 65,535 to 0, once for each time.
     """
-    if band == kx:
-        wrapped = _tally(x, y, ky, table, wraps)
-        return _drain_wrapped(table, wraps[:wrapped]) + _drain(table[: kx * ky], xlogx)
     total = 0.0
     for first in range(0, kx, band):
-        wrapped = _tally_band(x, y, first, band, ky, table, wraps)
+        wrapped = _tally(x, y, first, band, ky, table, wraps)
         total += _drain_wrapped(table, wraps[:wrapped]) + _drain(table[: band * ky], xlogx)
     return total
 
 
-# The two loops are functions of their own, and as alike as they are, because each compiles better so: nothing
-# is called and nothing else is in registers. All that matters for speed is in the first.
+# The one loop that matters for speed: a function of its own that calls none, because it compiles better so.
 @numba.njit(nogil=True, cache=True)
-def _tally(x, y, ky, table, wraps):
-    """Count every element in its cell of the joint histogram; return how often a cell wrapped around."""
-    columns = np.uint64(ky)
+def _tally(x, y, first, band, ky, table, wraps):
+    """Count the elements of `band` rows of the joint histogram; return how often a cell wrapped around."""
+    first, rows, columns = np.uint64(first), np.uint64(band), np.uint64(ky)
     one = np.uint16(1)
     wrapped = 0
     for n in range(x.size):
-        cell = np.uint64(x[n]) * columns + np.uint64(y[n])
-        count = np.uint16(table[cell] + one)
-        table[cell] = count
-        if count == 0:
-            wraps[wrapped] = cell
-            wrapped += 1
-    return wrapped
-
-
-@numba.njit(nogil=True, cache=True)
-def _tally_band(x, y, first, band, ky, table, wraps):
-    """Count those elements whose row is one of `band` from `first` on."""
-    columns = np.uint64(ky)
-    one = np.uint16(1)
-    wrapped = 0
-    for n in range(x.size):
-        row = np.int64(x[n]) - first
-        if 0 <= row < band:
-            cell = np.uint64(row) * columns + np.uint64(y[n])
+        row = np.uint64(x[n]) - first
+        if row < rows:  # unsigned, so that a row before the first is a very large number
+            cell = row * columns + np.uint64(y[n])
             count = np.uint16(table[cell] + one)
             table[cell] = count
             if count == 0:
