@@ -42,8 +42,8 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BLOCK = 512  # tokens per block of calibration and held-out text
 _CALIBRATION, _HELDOUT = 32_768, 16_384  # tokens
 _BLOCKS_PER_PASS = 8
-_CLUSTER_ROUNDS = 5
-_ROUTER_STEPS = 10
+_CLUSTER_ROUNDS = 3
+_ROUTER_STEPS = 12
 _ROUTER_RIDGE = 1e-2  # ridge penalties are relative to the mean of the Gram matrix's diagonal
 _REFIT_RIDGE = 3e-2
 
@@ -380,7 +380,7 @@ def carve(
             stream.add(layer.mlp(hidden))
             state |= {prefix + key: value for key, value in layer.mlp.state_dict().items()}
         else:
-            tensors, output = _carve_layer(layer.mlp, hidden, fit, layout)
+            tensors, output = _carve_layer(layer.mlp, hidden, stream.states.flatten(0, 1), fit, layout)
             stream.add(output)
             state |= {prefix + key: value for key, value in tensors.items()}
     carved = _assemble(model, layout, size, state)
@@ -399,34 +399,38 @@ def carve(
 
 
 def _carve_layer(
-    mlp: torch.nn.Module, hidden: Tensor, fit: slice, layout: Layout
+    mlp: torch.nn.Module, hidden: Tensor, states: Tensor, fit: slice, layout: Layout
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Carve one layer: its tensors by their names in the class, and its output on all tokens."""
     form = _FORMS[layout.model_type]
     gate, up, down = (p.weight for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))  # (n, d), (n, d), (d, n)
     fired = mlp.act_fn(hidden @ gate.T) * (hidden @ up.T)  # (tokens, n)
     wanted = fired @ down.T  # (tokens, d)
-    norms = down.float().norm(dim=0).to(fired.dtype)
-    shared, experts = split_neurons((fired[fit] * norms).abs(), layout.shared, layout.experts)
+    size = fired[fit] * down.float().norm(dim=0).to(fired.dtype)  # of each neuron's contribution, signed
+    shared, experts = split_neurons(size[::2].abs(), layout.shared, layout.experts)
+    member = torch.zeros(
+        layout.experts + 1, fired.shape[1], dtype=fired.dtype
+    )  # the last row: shared neurons
+    member[:-1].scatter_(1, experts, 1)
+    member[-1, shared] = 1
 
-    energy = (fired[:, experts.flatten()] * norms[experts.flatten()]).square()
-    energy = energy.view(len(fired), *experts.shape).sum(-1).float()  # (tokens, E)
-    router = fit_router(hidden[fit], energy[fit], layout.active) * layout.router_scale  # (E, d)
+    energy = (size.square() @ member[:-1].T).float()  # (tokens, E)
+    router = fit_router(hidden[fit], energy, layout.active) * layout.router_scale  # (E, d)
     router = router.to(torch.bfloat16).to(fired.dtype)  # as it will be stored
     weights = route(hidden, router, layout.active, sigmoid=form.sigmoid)  # (tokens, E)
 
     # Relative to its mean while active, a weight is near one and the dense down projection a good start.
     typical = weights[fit].sum(0) / (weights[fit] > 0).sum(0).clamp(min=1)
-    order = torch.cat([shared, experts.flatten()])
-    relative = (weights / typical).to(fired.dtype).repeat_interleave(experts.shape[1], dim=1)
-    mixed = fired[:, order]
-    mixed[:, len(shared) :] *= relative
-    fitted = refit(mixed[fit], wanted[fit], down[:, order].T)  # (n, d)
+    relative = torch.cat([weights / typical, torch.ones(len(weights), 1)], dim=1)
+    mixed = fired * (relative.to(fired.dtype) @ member)
+    # What follows sees the hidden state after this layer divided by its norm, and errors with it.
+    influence = (1 / (states + wanted).norm(dim=1, keepdim=True)).to(fired.dtype)
+    fitted = refit(mixed[fit], wanted[fit], down.T, influence[fit])  # (n, d)
 
     tensors = {
         "gate.weight": router,
         "experts.gate_up_proj": torch.cat([gate[experts], up[experts]], dim=1),
-        "experts.down_proj": fitted[len(shared) :].view(*experts.shape, -1).mT / typical[:, None, None],
+        "experts.down_proj": fitted[experts].mT / typical[:, None, None],
     }
     if form.sigmoid:
         tensors["gate.e_score_correction_bias"] = torch.zeros(layout.experts)
@@ -435,7 +439,7 @@ def _carve_layer(
         tensors |= {
             f"{form.shared}.gate_proj.weight": gate[shared],
             f"{form.shared}.up_proj.weight": up[shared],
-            f"{form.shared}.down_proj.weight": fitted[: len(shared)].T * (2 if form.gated else 1),
+            f"{form.shared}.down_proj.weight": fitted[shared].T * (2 if form.gated else 1),
         }
         if form.gated:
             tensors[f"{form.shared}_gate.weight"] = torch.zeros(1, hidden.shape[1])
@@ -464,24 +468,23 @@ def split_neurons(activity: Tensor, shared: int, experts: int) -> tuple[Tensor, 
     """
     by_energy = activity.float().square().mean(0).argsort(descending=True, stable=True)
     rest = by_energy[shared:].sort().values
+    size = len(rest) // experts
     rows = activity[:, rest]
     rows = rows - rows.mean(0)
-    covariance = (rows.T @ rows).double()
+    covariance = _product(rows, rows)
     deviation = covariance.diagonal().clamp(min=1e-12).sqrt()
-    values, vectors = torch.linalg.eigh(covariance / deviation / deviation[:, None])
-    points = F.normalize(vectors * values.clamp(min=0).sqrt(), dim=1)  # (n - shared, n - shared), unit rows
+    alike = covariance / deviation / deviation[:, None]
 
-    chosen = [int((points @ points.sum(0)).argmax())]
-    nearest = points @ points[chosen[0]]
-    for _ in range(experts - 1):  # each next centre lies farthest from those before it
-        chosen.append(int(nearest.argmin()))
-        nearest = nearest.maximum(points @ points[chosen[-1]])
-    centres = points[chosen]
-    size = len(rest) // experts
+    chosen = [int(alike.sum(0).argmax())]
+    while len(chosen) < experts:  # each next centre lies farthest from those before it
+        chosen.append(int(alike[chosen].amax(0).argmin()))
+    to_centres = alike[:, chosen]  # (n - shared, E), cosines
     for _ in range(_CLUSTER_ROUNDS):
-        _, seats = linear_sum_assignment(np.repeat(-(points @ centres.T).numpy(), size, axis=1))
+        _, seats = linear_sum_assignment(np.repeat(-to_centres.numpy(), size, axis=1))
         owner = torch.from_numpy(seats // size)
-        centres = F.normalize(F.one_hot(owner, experts).T.to(points) @ points, dim=1)
+        members = F.one_hot(owner, experts).float()
+        sums = alike @ members
+        to_centres = sums / (members * sums).sum(0).clamp(min=1e-12).sqrt()
     return by_energy[:shared].sort().values, rest[owner.argsort(stable=True)].view(experts, size)
 
 
@@ -489,7 +492,8 @@ def fit_router(hidden: Tensor, energy: Tensor, active: int) -> Tensor:
     """Fit a linear router by logistic regression on which experts a token excites most.
 
     The Hessian is bounded by a quarter of the Gram matrix, so every step solves with the same matrix and
-    never overshoots (Böhning & Lindsay 1988, doi:10.1007/BF00049423); the first is a ridge regression.
+    never overshoots (Böhning & Lindsay 1988, doi:10.1007/BF00049423); the first is a ridge regression, and
+    the others have Nesterov's momentum.
 
     Parameters
     ----------
@@ -506,15 +510,16 @@ def fit_router(hidden: Tensor, energy: Tensor, active: int) -> Tensor:
         Rows whose sigmoid estimates the probability that the expert is one of the `active` best.
     """
     best = torch.zeros_like(energy).scatter_(1, energy.topk(active, dim=1).indices, 1.0)
-    gram = (hidden.T @ hidden).double() / (4 * len(hidden))
+    gram = _product(hidden, hidden).double() / (4 * len(hidden))
     gram.diagonal().add_(_ROUTER_RIDGE * gram.diagonal().mean())
     factor = torch.linalg.cholesky(gram)
-    router = torch.zeros(hidden.shape[1], energy.shape[1])
     ridge = _ROUTER_RIDGE * float(gram.diagonal().mean())
-    for _ in range(_ROUTER_STEPS):
-        missing = best - (hidden @ router.to(hidden.dtype)).float().sigmoid()
-        slope = (hidden.T @ missing.to(hidden.dtype)).double() / len(hidden) - ridge * router
-        router += torch.cholesky_solve(slope, factor).float()
+    router = before = torch.zeros(hidden.shape[1], energy.shape[1])
+    for step in range(_ROUTER_STEPS):
+        ahead = router + step / (step + 3) * (router - before)
+        missing = best - (hidden @ ahead.to(hidden.dtype)).float().sigmoid()
+        slope = _product(hidden, missing.to(hidden.dtype)).double() / len(hidden) - ridge * ahead
+        router, before = ahead + torch.cholesky_solve(slope, factor).float(), router
     return router.T
 
 
@@ -543,7 +548,7 @@ def route(hidden: Tensor, router: Tensor, active: int, *, sigmoid: bool) -> Tens
     return torch.zeros_like(logits).scatter_(1, chosen, scores)
 
 
-def refit(mixed: Tensor, wanted: Tensor, start: Tensor) -> Tensor:
+def refit(mixed: Tensor, wanted: Tensor, start: Tensor, influence: Tensor) -> Tensor:
     """Down projection that best gives the dense layer's output from the active neurons.
 
     Parameters
@@ -554,16 +559,23 @@ def refit(mixed: Tensor, wanted: Tensor, start: Tensor) -> Tensor:
         Output of the dense layer.
     start : Tensor, shape (n, d)
         The dense down projection; the fit is drawn towards it.
+    influence : Tensor, shape (tokens, 1)
+        Factor on each token's error.
 
     Returns
     -------
     Tensor of float32, shape (n, d)
     """
-    gram = (mixed.T @ mixed).float()
+    missing = (wanted - mixed @ start) * influence
+    mixed = mixed * influence
+    gram = _product(mixed, mixed)
     gram.diagonal().add_(_REFIT_RIDGE * gram.diagonal().mean())
-    return start.float() + torch.cholesky_solve(
-        (mixed.T @ (wanted - mixed @ start)).float(), torch.linalg.cholesky(gram)
-    )
+    return start.float() + torch.cholesky_solve(_product(mixed, missing), torch.linalg.cholesky(gram))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` in float32 for rows of any dtype: sums over chunks, so that they lose few digits."""
+    return sum((a.T @ b).float() for a, b in zip(left.split(4096), right.split(4096), strict=True))
 
 
 def _assemble(
