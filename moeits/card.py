@@ -99,15 +99,6 @@ def model_card(
         ]
         for layer, ids in sorted(kept.layers.items())
     ]
-    sizes = [
-        [label, f"{old:,}", f"{new:,}", f"{new / old:.1%}"]
-        for label, old, new in (
-            ("parameters", before["total"], after.total),
-            ("of routed experts", before["routed"], after.routed),
-            ("active per token", before["active"], after.active),
-            ("bytes", before["bytes"], after.bytes),
-        )
-    ]
     measured = [
         [row["task"], row["metric"], _number(row["value"]), _number(row.get("stderr")), row.get("n") or "–"]
         for row in scores
@@ -118,7 +109,7 @@ def model_card(
         "gone. `kept.json` names every expert that stays.",
         f"## Recipe\n\nCriterion: {kept.criterion}. Budget: {budget}.\n\n"
         + _table(["layer", "experts", "top-k", "threshold", "kept"], layers),
-        "## Sizes\n\n" + _table(["", "before", "after", "share"], sizes),
+        "## Sizes\n\n" + _table(["", "before", "after", "share"], size_rows(before, after)),
         *(
             ["## Scores\n\n" + _table(["task", "metric", "value", "standard error", "n"], measured)]
             if measured
@@ -129,6 +120,20 @@ def model_card(
         f"## Citation\n\n{_CITATION}",
     ]
     return "\n\n".join(section.rstrip("\n") for section in sections) + "\n"
+
+
+def size_rows(before: Mapping[str, int], after: Sizes) -> list[list[str]]:
+    """List the sizes of a model before and after pruning, and the share that is left, as rows of a table."""
+    labels = {
+        "total": "parameters",
+        "routed": "of routed experts",
+        "active": "active per token",
+        "bytes": "bytes",
+    }
+    return [
+        [label, f"{before[key]:,}", f"{getattr(after, key):,}", f"{getattr(after, key) / before[key]:.1%}"]
+        for key, label in labels.items()
+    ]
 
 
 def licence_of(card: str) -> dict[str, str]:

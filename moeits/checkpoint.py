@@ -4,12 +4,14 @@ The layers and their shapes come from the configuration; where their weights lie
 headers of the files. Nothing here is written for one model.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -21,10 +23,12 @@ import torch
 from tqdm import tqdm
 
 from moeits import records
-from moeits.families import MoELayer, moe_layers
+from moeits.card import read_card
+from moeits.families import MoELayer, moe_layers, sizes
 from moeits.nmi import PRESETS, nmi_matrix
 from moeits.paths import CACHE, whole
-from moeits.surgery import hollow_model, read_config
+from moeits.selection import Kept
+from moeits.surgery import complete, compose, describe_folder, hollow_model, pruned_settings, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -414,6 +418,208 @@ def measure_nmi(
         "minimum": max(block.minimum for block in blocks.values()),
     }
     return {layer: np.load(file) for layer, file in files.items()}, settings
+
+
+def prune_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    kept: Mapping[int, Sequence[int]] | Kept,
+    *,
+    progress: bool = False,
+) -> Path:
+    """Remove experts from a checkpoint without loading it: bytes that stay are copied, file by file.
+
+    The new folder holds what :func:`moeits.surgery.save_model` would write, and the source's other files
+    (tokenizer, licence, ...; its model card becomes ``README.base.md``), but none of its code. A few
+    megabytes are in memory at a time.
+
+    Parameters
+    ----------
+    source : str or Path
+        Folder of a checkpoint of a known family, whole or pruned; it is only read.
+    target : str or Path
+        Folder to make; written whole or not at all. What a killed call left is removed by the next one.
+    kept : mapping of int to sequence of int, or Kept
+        Decoder layer to the experts that stay; layers not named stay whole.
+    progress : bool
+        Show a bar with the time left.
+
+    Returns
+    -------
+    Path
+        The new folder.
+
+    Raises
+    ------
+    FileExistsError
+        If `target` exists.
+    FileNotFoundError, ValueError
+        As :func:`expert_blocks` and :func:`moeits.surgery.complete`; if `kept` is of another model by its
+        fingerprint; if an expert or router that stays holds NaN or infinite values.
+    OSError
+        If the disk is too small, before anything is written, or cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
+    blocks = dict(expert_blocks(source))
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if "text_config" in settings:
+        raise ValueError(
+            f"{source} holds more than a language model ({settings.get('model_type')}): load its language "
+            "model (moeits.load_model), prune that in memory and save it"
+        )
+    model = hollow_model(read_config(source))
+    layers = {layer.layer: layer for layer in moe_layers(model)}
+    mark = fingerprint(source)
+    if isinstance(kept, Kept) and kept.fingerprint not in (None, mark):
+        raise ValueError(
+            f"the experts were chosen for another model ({kept.model or 'not named'}, fingerprint "
+            f"{kept.fingerprint}); {source} has fingerprint {mark}"
+        )
+    kept = complete(kept, list(layers.values()), _name(source), mark)
+    tensors = stored_tensors(source)
+    pieces = _pieces(tensors.values(), layers, kept.layers)
+
+    files = defaultdict(list)
+    for piece in sorted(pieces, key=lambda piece: piece.tensor.start):
+        files[piece.tensor.file].append(piece)
+    size = sum(piece.size for piece in pieces)
+    place = next(folder for folder in target.resolve().parents if folder.exists())
+    if (free := shutil.disk_usage(place).free) < size:
+        raise OSError(errno.ENOSPC, f"the pruned model needs {size:,} bytes, free are {free:,}", str(target))
+    before = sizes(model)
+    with whole(target) as part:
+        part.mkdir()
+        with tqdm(total=size, unit="B", unit_scale=True, desc="prune", disable=not progress) as bar:
+            for file in sorted(files):
+                _write_file(part / file.name, files[file], bar)
+        if (source / INDEX).is_file():
+            index = {
+                "metadata": {"total_size": size},
+                "weight_map": {piece.name: piece.tensor.file.name for piece in pieces},
+            }
+            (part / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in source.iterdir():
+            if file.is_file() and file.suffix not in _NOT_CARRIED and file.name not in _REPLACED:
+                shutil.copy(file, part / ("README.base.md" if file.name == "README.md" else file.name))
+        settings |= pruned_settings(settings, list(layers.values()), kept.layers, before)
+        (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        earlier = Kept.read(source / "kept.json") if (source / "kept.json").is_file() else None
+        describe_folder(part, compose(earlier, kept), base_card=read_card(source))
+        left = {layer: block.num_experts for layer, block in expert_blocks(part)}
+        if left != {layer: len(kept.layers[layer]) for layer in blocks}:
+            raise ValueError(f"{source}: its experts are stored in a way that is not known; found {left}")
+    return target
+
+
+# Other formats of the same weights would still be whole; code of the folder does not know the pruned model.
+_NOT_CARRIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".py"}
+_REPLACED = {"config.json", "kept.json", INDEX, "pytorch_model.bin.index.json"}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_ONE_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
+_ALL_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")
+_ROUTER = re.compile(r"\.(?:gate|router)\.|expert_bias$|correction_bias$")
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What of a stored tensor goes into the pruned checkpoint: runs of its bytes, and under which name."""
+
+    name: str
+    tensor: StoredTensor
+    shape: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]  # first byte in the file, number of bytes
+    checked: bool = False  # whether its values must be finite
+
+    @property
+    def size(self) -> int:
+        return sum(length for _, length in self.runs)
+
+
+def _pieces(
+    tensors: Iterable[StoredTensor], layers: Mapping[int, MoELayer], kept: Mapping[int, Sequence[int]]
+) -> list[_Piece]:
+    pieces, routers = [], Counter()
+    for tensor in tensors:
+        match = _LAYER.search(tensor.name)
+        layer = layers.get(int(match[1])) if match else None
+        dimension = None if layer is None else _experts_dimension(tensor, layer.num_experts)
+        all_bytes = ((tensor.start, tensor.stop - tensor.start),)
+        if layer is None:
+            pieces.append(_Piece(tensor.name, tensor, tensor.shape, all_bytes))
+        elif one := _ONE_EXPERT.search(tensor.name):
+            if int(one[1]) in kept[layer.layer]:
+                name = _ONE_EXPERT.sub(str(kept[layer.layer].index(int(one[1]))), tensor.name)
+                pieces.append(_Piece(name, tensor, tensor.shape, all_bytes, checked=True))
+        elif dimension is None:
+            pieces.append(_Piece(tensor.name, tensor, tensor.shape, all_bytes))
+        else:
+            routers[layer.layer] += bool(_ROUTER.search(tensor.name))
+            pieces.append(_taken(tensor, dimension, kept[layer.layer]))
+    for number, layer in layers.items():
+        if routers[number] != len(layer.router):
+            raise ValueError(
+                f"layer {number}: the router has {len(layer.router)} tensors ({', '.join(layer.router)}), "
+                f"of which the checkpoint holds {routers[number]} with {layer.num_experts} experts"
+            )
+    return pieces
+
+
+def _experts_dimension(tensor: StoredTensor, experts: int) -> int | None:
+    """Along which dimension a tensor of a Mixture-of-Experts layer is cut, if at all."""
+    if _ROUTER.search(tensor.name) and "attn." not in tensor.name and experts in tensor.shape:
+        return max(dimension for dimension, size in enumerate(tensor.shape) if size == experts)
+    if _ALL_EXPERTS.search(tensor.name) and tensor.shape[:1] == (experts,):
+        return 0
+    return None
+
+
+def _taken(tensor: StoredTensor, dimension: int, ids: Sequence[int]) -> _Piece:
+    """Take the experts `ids` along one dimension."""
+    outer, experts = prod(tensor.shape[:dimension]), tensor.shape[dimension]
+    size = (tensor.stop - tensor.start) // (outer * experts)
+    runs = tuple(
+        (tensor.start + (row * experts + expert) * size, size) for row in range(outer) for expert in ids
+    )
+    shape = (*tensor.shape[:dimension], len(ids), *tensor.shape[dimension + 1 :])
+    return _Piece(tensor.name, tensor, shape, runs, checked=True)
+
+
+def _write_file(file: Path, pieces: Sequence[_Piece], bar: tqdm) -> None:
+    """Write one safetensors file out of pieces of another, which lie in it in this order."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for piece in pieces:
+        offsets = [end, end := end + piece.size]
+        header[piece.name] = {"dtype": piece.tensor.dtype, "shape": piece.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    buffer = bytearray(_CHUNK)
+    with file.open("wb", buffering=0) as out, pieces[0].tensor.file.open("rb", buffering=0) as stored:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            for start, length in piece.runs:
+                stored.seek(start)
+                while length:
+                    view = memoryview(buffer)[: min(length, _CHUNK)]
+                    if stored.readinto(view) < len(view):
+                        raise ValueError(f"{piece.tensor.file} is cut short")
+                    if piece.checked:
+                        _check_finite(view, piece.tensor)
+                    out.write(view)
+                    bar.update(len(view))
+                    length -= len(view)
+        os.fsync(out.fileno())
+
+
+def _check_finite(values: memoryview, tensor: StoredTensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        return
+    numbers = torch.frombuffer(values, dtype=_DTYPES[tensor.dtype][1])
+    # The sum is many times faster than looking at each value, and finite only if all are.
+    if not torch.isfinite(numbers.sum()) and not torch.isfinite(numbers).all():
+        raise ValueError(f"{tensor.file}: {tensor.name} holds NaN or infinite values")
 
 
 def _layer_nmi(block: ExpertBlock, options: Mapping[str, object]) -> tuple[int, np.ndarray]:

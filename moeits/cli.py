@@ -1,8 +1,15 @@
 """The command line. Each command is thin: it parses, calls one function of the package and prints."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from moeits.selection import Kept, Selection
 
 
 class _Errors(click.Group):
@@ -230,24 +237,10 @@ def select(
 ) -> None:
     """Select the experts to keep from MATRICES, an nmi.npz of `moeits nmi`, and say why the others go."""
     from moeits.nmi import read_matrices
-    from moeits.selection import Kept, select_experts, select_share
 
-    budget = {
-        name: value
-        for name, value in (("tau", tau), ("n_keep", n_keep), ("share", share))
-        if value is not None
-    }
-    if len(budget) != 1:
-        raise click.UsageError("give exactly one of --tau, --n-keep and --share")
+    budget = _budget(tau=tau, n_keep=n_keep, share=share)
     layers, made_by = read_matrices(matrices)
-    options = {
-        "diagonal": diagonal or made_by.get("diagonal", "zero"),
-        "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
-    }
-    if share is None:
-        selections = {layer: select_experts(R, **budget, **options) for layer, R in layers.items()}
-    else:
-        budget["tau"], selections = select_share(layers, share, **options)
+    selections, kept = _choose(layers, made_by, budget, at_least, diagonal)
     for layer, selection in selections.items():
         rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
         floor = "; stopped there by the floor" if selection.floor_reached else ""
@@ -255,19 +248,147 @@ def select(
         for step in selection.steps:
             (i, j), means = step.pair, "{:.6f} and {:.6f}".format(*step.row_means)
             click.echo(f"  {step.removed} goes: NMI({i}, {j}) = {step.nmi:.6f}, row means {means}")
-    kept = Kept(
-        {layer: selection.kept for layer, selection in selections.items()},
-        {layer: len(R) for layer, R in layers.items()},
-        model=made_by.get("model", ""),
-        fingerprint=made_by.get("fingerprint"),
-        criterion=f"nmi, preset {made_by['preset']}" if "preset" in made_by else "nmi",
-        budget=budget | options,
-        threshold={layer: selection.threshold for layer, selection in selections.items()},
-    )
-    found = "" if share is None else f", tau = {budget['tau']:.6g}"
+    found = "" if share is None else f", tau = {kept.budget['tau']:.6g}"
     click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all{found}")
     if output is not None:
         kept.write(output)
+
+
+def _budget(**budget: object) -> dict[str, object]:
+    given = {name: value for name, value in budget.items() if value is not None}
+    if len(given) != 1:
+        names = [f"--{name.replace('_', '-')}" for name in budget]
+        raise click.UsageError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}")
+    return given
+
+
+def _choose(
+    matrices: "Mapping[int, ndarray]",
+    made_by: Mapping[str, object],
+    budget: Mapping[str, object],
+    at_least: int | None,
+    diagonal: str | None,
+) -> "tuple[dict[int, Selection], Kept]":
+    """Select within a budget, and put down what made the choice."""
+    from moeits.selection import Kept, select_experts, select_share
+
+    options = {
+        "diagonal": diagonal or made_by.get("diagonal", "zero"),
+        "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
+    }
+    if "share" in budget:
+        tau, selections = select_share(matrices, **budget, **options)
+        budget = {**budget, "tau": tau}
+    else:
+        selections = {layer: select_experts(R, **budget, **options) for layer, R in matrices.items()}
+    kept = Kept(
+        {layer: selection.kept for layer, selection in selections.items()},
+        {layer: len(R) for layer, R in matrices.items()},
+        model=made_by.get("model", ""),
+        fingerprint=made_by.get("fingerprint"),
+        criterion=f"nmi, preset {made_by['preset']}" if "preset" in made_by else "nmi",
+        budget={**budget, **options},
+        threshold={layer: selection.threshold for layer, selection in selections.items()},
+    )
+    return selections, kept
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option("--tau", type=float, help="Intensity: keep little with a small one, much with a large one.")
+@click.option("--kept", type=click.Path(path_type=Path), help="kept.json with the experts to keep.")
+@click.option("--n-keep", type=int, help="Experts to keep in every layer.")
+@click.option("--share", type=float, help="Fraction of all routed experts to keep; finds the tau.")
+@click.option("--nmi", type=click.Path(path_type=Path), help="nmi.npz of this model.  [default: measure it]")
+@click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
+@click.option("--at-least", type=int, help="Fewest experts per layer.  [default: the family's minimum]")
+@click.option("--n-jobs", type=click.IntRange(1), help="Threads for the NMI.  [default: all cores]")
+def prune(
+    folder: Path,
+    output: Path,
+    tau: float | None,
+    kept: Path | None,
+    n_keep: int | None,
+    share: float | None,
+    nmi: Path | None,
+    preset: str,
+    at_least: int | None,
+    n_jobs: int | None,
+) -> None:
+    """Remove experts from the checkpoint in FOLDER, file by file, without loading it.
+
+    Which ones: by the NMI of their weights, within the budget of --tau, --n-keep or --share; or what a
+    kept.json says.
+    """
+    from moeits.checkpoint import measure_nmi, prune_checkpoint
+    from moeits.nmi import read_matrices
+    from moeits.selection import Kept
+
+    budget = _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
+    if output.exists():
+        raise FileExistsError(f"{output} exists: choose another folder, or remove it first")
+    if kept is not None:
+        choice = Kept.read(kept)
+    else:
+        measured = (
+            read_matrices(nmi)
+            if nmi is not None
+            else measure_nmi(folder, preset=preset, n_jobs=n_jobs, progress=True)
+        )
+        _, choice = _choose(*measured, budget, at_least, None)
+    prune_checkpoint(folder, output, choice, progress=True)
+    _print_sizes(output)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--kept", type=click.Path(path_type=Path), help="Count as if pruned to this kept.json.")
+def size(folder: Path, kept: Path | None) -> None:
+    """Count the parameters of the model in FOLDER, from its configuration alone."""
+    _print_sizes(folder, kept)
+
+
+def _print_sizes(folder: Path, kept: Path | None = None) -> None:
+    import pandas as pd
+
+    from moeits.card import size_rows
+    from moeits.families import sizes
+    from moeits.selection import Kept
+    from moeits.surgery import hollow_model, prune_model, read_config
+
+    model = hollow_model(read_config(folder))
+    if kept is not None:
+        prune_model(model, Kept.read(kept))
+    now = sizes(model)
+    before = getattr(model.config.get_text_config(), "unpruned", None)
+    rows = pd.DataFrame(size_rows(before or vars(now), now), columns=["", "before", "after", "share"])
+    if before is None:
+        rows = rows[["", "after"]].rename(columns={"after": "whole model"})
+    click.echo(rows.to_string(index=False))
+    counts = ", ".join(f"{layer}: {count}" for layer, count in now.experts.items())
+    click.echo(f"experts in each layer: {counts}")
+
+
+@main.command()
+def families() -> None:
+    """List the model families that can be pruned, and those that cannot, with the reason."""
+    from moeits.families import REFUSED, families_table
+
+    rows = families_table()
+    _print_columns([("model type", "class of transformers", "fewest experts per layer"), *rows])
+    click.echo(
+        "\nThe tests prune small random models of each: the logits equal those of the whole model with the\n"
+        "removed experts masked out, in memory and file by file, saved and loaded again. Where a router has\n"
+        "groups of experts, the fewest are those in each group, and groups must stay equally large.\n"
+    )
+    _print_columns([("refused", "because"), *sorted(REFUSED.items())])
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -180,6 +180,17 @@ class MoELayer:
         return min(self.top_k, count * self.top_groups // self.groups)
 
 
+def refusal(model_type: str) -> str:
+    """Say why models of a type are not served: a reason that is known, or that the type is not."""
+    if model_type in REFUSED:
+        return f"models of type {model_type!r} cannot be pruned: {REFUSED[model_type]}"
+    return (
+        f"models of type {model_type!r} are not known; known are {', '.join(sorted(FAMILIES))}. "
+        "To add a family whose experts are stacked in three-dimensional weights, add it to "
+        "moeits.families.FAMILIES and run the tests: they prune a small random model of every family"
+    )
+
+
 def families_table() -> list[tuple[str, str, str]]:
     """List the served families.
 
@@ -353,15 +364,11 @@ def _is_experts(module: nn.Module) -> bool:
 def _family(config: object, *, dense: bool) -> Family:
     model_type = config.model_type
     if model_type in REFUSED:
-        raise ValueError(f"models of type {model_type!r} cannot be pruned: {REFUSED[model_type]}")
+        raise ValueError(refusal(model_type))
     if dense and (model_type in FAMILIES or not any(hasattr(config, name) for name in EXPERT_COUNTS)):
         raise ValueError(f"this {model_type!r} model is dense: it has no routed experts to prune")
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"models of type {model_type!r} are not known; known are {', '.join(sorted(FAMILIES))}. "
-            "To add a family whose experts are stacked in three-dimensional weights, add it to "
-            "moeits.families.FAMILIES and run the tests: they prune a small random model of every family"
-        )
+        raise ValueError(refusal(model_type))
     return FAMILIES[model_type]
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from moeits.card import model_card, read_card
-from moeits.families import EXPERT_COUNTS, TOP_KS, MoELayer, Sizes, check_kept, moe_layers, sizes
+from moeits.families import EXPERT_COUNTS, TOP_KS, MoELayer, Sizes, check_kept, moe_layers, refusal, sizes
 from moeits.paths import whole
 from moeits.selection import Kept
 
@@ -55,7 +56,7 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
     Raises
     ------
     ValueError
-        See :func:`moeits.families.check_kept`; also if the weights are quantised.
+        See :func:`complete`; also if the weights are quantised.
 
     Notes
     -----
@@ -63,11 +64,8 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
     elsewhere transformers cannot add the layers up, and asking for it (``output_router_logits``) is an error.
     """
     layers = moe_layers(model)
-    if not isinstance(kept, Kept):
-        chosen = check_kept(layers, kept)
-        name = _model_name(model.config)
-        kept = Kept(chosen, {layer.layer: layer.num_experts for layer in layers}, name, criterion="given")
-    chosen = check_kept(layers, kept.layers)
+    kept = complete(kept, layers, _model_name(model.config))
+    chosen = kept.layers
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "the model's weights are quantised, which pruning does not support: load it dequantised"
@@ -87,8 +85,61 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
                 if type(vars(model).get(key)) is int:
                     setattr(model, key, value)
     _refuse_router_loss_in(model)
-    model.kept = _composed(getattr(model, "kept", None), kept)
+    model.kept = compose(getattr(model, "kept", None), kept)
     return model
+
+
+def complete(
+    kept: Mapping[int, Sequence[int]] | Kept,
+    layers: Sequence[MoELayer],
+    model: str = "",
+    fingerprint: str | None = None,
+) -> Kept:
+    """Check a choice of experts against a model, and extend it to all its layers.
+
+    Parameters
+    ----------
+    kept : mapping of int to sequence of int, or Kept
+        Experts that stay; layers not named stay whole.
+    layers : sequence of MoELayer
+        The model's layers.
+    model, fingerprint : str, optional
+        What is recorded of the model where `kept` is a plain mapping.
+
+    Returns
+    -------
+    Kept
+        The kept experts of every layer.
+
+    Raises
+    ------
+    ValueError
+        See :func:`moeits.families.check_kept`; also if the choice was made for another number of experts.
+    """
+    counts = {layer.layer: layer.num_experts for layer in layers}
+    if not isinstance(kept, Kept):
+        return Kept(check_kept(layers, kept), counts, model, fingerprint, criterion="given")
+    for layer, count in kept.num_experts.items():
+        if counts.get(layer, count) != count:
+            raise ValueError(
+                f"layer {layer} has {counts[layer]} experts, but the kept ones were chosen out of {count}: "
+                f"the choice is for another model ({kept.model or 'not named'})"
+            )
+    return replace(kept, layers=check_kept(layers, kept.layers), num_experts=counts)
+
+
+def compose(first: Kept | None, second: Kept) -> Kept:
+    """Kept experts after two prunings of a model, in the numbers of the whole one."""
+    if first is None:
+        return second
+    return replace(
+        second,
+        layers={layer: tuple(ids[i] for i in second.layers[layer]) for layer, ids in first.layers.items()},
+        num_experts=first.num_experts,
+        model=first.model,
+        fingerprint=first.fingerprint,
+        criterion=f"{first.criterion}, then {second.criterion}",
+    )
 
 
 def pruned_settings(
@@ -293,7 +344,7 @@ def load_model(folder: str | Path, **options: object) -> "PreTrainedModel":
     FileNotFoundError
         If there is no ``config.json``.
     ValueError
-        If transformers has no class for it.
+        If it names no causal language model that transformers knows.
     """
     config = read_config(folder)
     model = _model_class(config).from_pretrained(folder, config=config, **options)
@@ -303,12 +354,22 @@ def load_model(folder: str | Path, **options: object) -> "PreTrainedModel":
 
 
 def read_config(folder: str | Path) -> "PreTrainedConfig":
-    """Read the configuration of a checkpoint, without running any code of its folder."""
-    from transformers import AutoConfig
+    """Read the configuration of a checkpoint's language model, without running any code of its folder."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    if not (Path(folder) / "config.json").is_file():
+    file = Path(folder) / "config.json"
+    if not file.is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no configuration of a model: {error!r}") from error
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(refusal(model_type))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # In a checkpoint of several models, the language model's class may take its own part alone.
+    text = config.get_text_config()
+    return text if _native_class(config).config_class is type(text) else config
 
 
 def hollow_model(config: "PreTrainedConfig") -> "PreTrainedModel":
@@ -374,7 +435,7 @@ def _native_class(config: "PreTrainedConfig") -> type:
     try:
         return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise ValueError(f"transformers has no causal language model of type {config.model_type!r}") from None
+        raise ValueError(refusal(config.model_type)) from None
 
 
 def _model_class(config: "PreTrainedConfig") -> type:
@@ -477,22 +538,3 @@ def _model_name(config: "PreTrainedConfig") -> str:
     """Name of a model on the hub, or of its folder: a path would say whose machine this is."""
     name = config.name_or_path
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
-
-
-def _composed(before: Kept | None, kept: Kept) -> Kept:
-    """Kept experts after two prunings, in the numbers of the whole model."""
-    if before is None:
-        return kept
-    layers = {
-        number: tuple(ids[i] for i in kept.layers.get(number, range(len(ids))))
-        for number, ids in before.layers.items()
-    }
-    return Kept(
-        layers,
-        before.num_experts,
-        before.model,
-        before.fingerprint,
-        f"{before.criterion}, then {kept.criterion}",
-        kept.budget,
-        kept.threshold,
-    )
