@@ -164,7 +164,7 @@ def limit_seconds(weights: torch.Tensor, threads: int) -> float:
         return seconds(lambda: list(pool.map(work, tables)), 3) / (4 * threads)
 
 
-def measure_layer(folder: Path, repeats: int, pairs: int) -> dict[str, float]:
+def measure_layer(folder: Path, pairs: int, repeats: int = 3) -> dict[str, float]:
     """Measure the layer in a folder, in this process: times in seconds, memory in bytes."""
     [(_, block)] = expert_blocks(folder)
     warm = {dtype: torch.randn((2, 4, 64)).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
@@ -344,14 +344,11 @@ def bars(rows: list[dict]) -> list[tuple[str, str, str]]:
 @click.option("--profile", default="laptop", show_default=True, help="Whose records the rows belong to.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the rows here, not as a record.")
 @click.option("--measure", "folder", type=click.Path(path_type=Path), hidden=True)
-@click.option("--repeats", default=3, hidden=True)
 @click.option("--pairs", default=3, hidden=True)
-def main(
-    quick: bool, profile: str, output: Path | None, folder: Path | None, repeats: int, pairs: int
-) -> None:
+def main(quick: bool, profile: str, output: Path | None, folder: Path | None, pairs: int) -> None:
     """Time the NMI on layers of the paper's exact shapes."""
     if folder is not None:
-        click.echo(json.dumps(measure_layer(folder, repeats, pairs)))
+        click.echo(json.dumps(measure_layer(folder, pairs)))
         return
     if output is not None:
         rows = measure(quick)
