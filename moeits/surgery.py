@@ -525,6 +525,11 @@ TOP_KS = {top_ks}
 class Pruned{base}({base}):
     """{base} with the experts that are left in each layer."""
 
+    @classmethod
+    def is_custom_code(cls):
+        """Have transformers convert the names of stored tensors as for the family's own class."""
+        return False
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         for layer, (count, top_k) in LAYERS.items():

@@ -141,6 +141,15 @@ def test_sizes_by_hand():
     assert counted.bytes == 4 * counted.total
 
 
+def test_sizes_of_mixtral_8x7b():
+    with torch.device("meta"):
+        mixtral = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](vocab_size=32000))
+    counted = sizes(mixtral)
+    assert counted.total == 46_702_792_704  # 46.7B, of which a token uses 12.9B
+    assert counted.active == pytest.approx(12.9e9, rel=0.005)
+    assert counted.routed == 32 * 8 * 3 * 4096 * 14336
+
+
 def test_sizes_count_tied_embeddings_once():
     tied, untied = (sizes(tiny_model("mixtral", tie_word_embeddings=tie)) for tie in (True, False))
     assert untied.total - tied.total == 128 * HIDDEN

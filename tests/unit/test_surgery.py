@@ -1,6 +1,7 @@
 """Pruning in memory: exact, checked before anything changes."""
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -8,9 +9,13 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, tiny_model, tokens
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moeits.families import FAMILIES, moe_layers, sizes
 from moeits.selection import Kept
@@ -180,7 +185,17 @@ def test_the_routers_auxiliary_loss_works_or_says_why_not(family):
             uneven_model(ids, labels=ids, output_router_logits=True)
 
 
-def test_saved_and_loaded_again(model, tmp_path):
+@pytest.fixture(scope="session")
+def remote_code(tmp_path_factory):
+    """Where transformers puts the code of folders."""
+    home = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(home))
+        patch.syspath_prepend(home)
+        yield home
+
+
+def test_saved_and_loaded_again(model, tmp_path, remote_code):
     for name, kept in (
         ("uneven", uneven(model)),
         ("even", {layer.layer: [1, 4, 6] for layer in moe_layers(model)}),
@@ -191,7 +206,11 @@ def test_saved_and_loaded_again(model, tmp_path):
         state = loaded.state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in pruned.state_dict().items())
         torch.testing.assert_close(logits(loaded), logits(pruned), atol=1e-5, rtol=1e-5)
-        assert (tmp_path / name / "modeling_moeits.py").exists() is (len(set(map(len, kept.values()))) > 1)
+        has_code = (tmp_path / name / "modeling_moeits.py").exists()
+        assert has_code is (len(set(map(len, kept.values()))) > 1)
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=has_code)
+        assert (remote_code.name in inspect.getsourcefile(type(alone))) is has_code
+        torch.testing.assert_close(logits(alone), logits(pruned), atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_changes_when_any_layer_is_refused(model):
@@ -342,10 +361,9 @@ def test_names_of_tensors_are_those_of_the_hub(outside):
     assert "model.layers.1.mlp.experts.2.gate_proj.weight" in names
 
 
-def test_a_model_with_remote_code_can_be_pruned_and_saved_again(outside, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("remote_code")
+def test_a_model_with_remote_code_can_be_pruned_and_saved_again(outside, tmp_path):
     home, models, _ = outside
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
     remote = AutoModelForCausalLM.from_pretrained(home / "mixtral-uneven", trust_remote_code=True)
     assert type(remote).__name__ == "PrunedMixtralForCausalLM"
     save_model(prune_model(remote, {0: [0, 2], 1: [0, 1], 2: [0]}), tmp_path / "again")
@@ -355,6 +373,80 @@ def test_a_model_with_remote_code_can_be_pruned_and_saved_again(outside, tmp_pat
     first = models["mixtral-uneven"].kept.layers[0]
     assert again.kept.criterion == "given"
     assert reference.kept.layers[0] == (first[0], first[2])
+
+
+@pytest.mark.usefixtures("remote_code")
+def test_peft_trains_and_merges_a_folder(outside):
+    home, models, _ = outside
+    model = AutoModelForCausalLM.from_pretrained(home / "deepseek_v2-uneven", trust_remote_code=True)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], target_parameters=experts))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.5)
+    ids = tokens()
+    for _ in range(3):
+        adapted(ids, labels=ids).loss.backward()
+        optimizer.step()
+    trained = logits(adapted.eval())
+    assert (trained - logits(models["deepseek_v2-uneven"])).abs().max() > 0.01
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), trained, atol=1e-4, rtol=1e-4)
+
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_target: a
+doc_to_choice: ["yes", "no"]
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_of_lm_eval_scores_a_folder(tmp_path):
+    words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdef?", "yes", "no"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    model = prune_model(tiny_model("mixtral"), {0: [1, 2, 3], 2: [0]})
+    save_model(model, tmp_path / "model", tokenizer=tokenizer)
+    documents = [{"q": f"{letter} ?", "a": i % 2} for i, letter in enumerate("abcdef")]
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "tiny.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.json")))
+    command = (
+        "import sys; sys.modules['moeits'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    )
+    arguments = ["--model", "hf", "--tasks", "tiny", "--include_path", tmp_path, "--device", "cpu"]
+    options = f"pretrained={tmp_path / 'model'},trust_remote_code=True,dtype=float32"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            command,
+            *arguments,
+            "--model_args",
+            options,
+            "--output_path",
+            tmp_path / "out",
+        ],
+        check=True,
+        env=environment,
+        capture_output=True,
+    )
+    [results] = (tmp_path / "out").rglob("results_*.json")
+    right = 0
+    for document in documents:
+        scores = {}
+        for i, answer in enumerate(("yes", "no")):
+            ids = torch.tensor([tokenizer(f"{document['q']} {answer}").input_ids])
+            with torch.no_grad():
+                scores[i] = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]].item()
+        right += max(scores, key=scores.get) == document["a"]
+    assert json.loads(results.read_text())["results"]["tiny"]["acc,none"] == pytest.approx(right / 6)
 
 
 def test_the_model_card_says_what_was_done(tmp_path):
