@@ -52,7 +52,9 @@ bench: env ## time the NMI on layers of the paper's exact shapes
 	$(RUN)python benchmarks/nmi.py
 
 reference: ## copy the laptop profile's records to data/reference, where they are committed
-	$(BIN)/python -m moeits.records data/results/laptop data/reference/laptop
+	rm -rf data/reference/laptop
+	mkdir -p data/reference
+	cp -R data/results/laptop data/reference/laptop
 
 clean: ## delete the built book, the executed notebooks and the figures (models and records stay)
 	rm -rf book/_build book/notebooks data/figures
