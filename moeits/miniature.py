@@ -102,11 +102,16 @@ class Layout:
             raise ValueError("mixtral has experts in every layer: set dense_layers to 0")
         return size
 
+    def active_share(self, neurons: int, layers: int) -> float:
+        """Share of all feed-forward neurons that a token uses, dense layers and shared neurons included."""
+        carved = (self.shared + self.active * self.expert_size(neurons)) / neurons
+        return (self.dense_layers + (layers - self.dense_layers) * carved) / layers
+
 
 LAYOUTS = {
     "smol-mixtral": Layout("mixtral", shared=0, experts=8, active=6),
     "smol-qwen": Layout("qwen2_moe", shared=960, experts=24, active=8),
-    "smol-deepseek": Layout("glm4_moe", shared=960, experts=36, active=12, dense_layers=1, router_scale=1.0),
+    "smol-deepseek": Layout("glm4_moe", shared=960, experts=36, active=11, dense_layers=1, router_scale=1.0),
 }
 
 
@@ -387,7 +392,7 @@ def carve(
     report = {
         "layout": asdict(layout),
         "expert_size": size,
-        "active_share": (layout.shared + layout.active * size) / neurons,
+        "active_share": layout.active_share(neurons, len(model.model.layers)),
         "calibration_tokens": calibration.numel(),
     }
     if heldout is not None:
@@ -408,11 +413,9 @@ def _carve_layer(
     wanted = fired @ down.T  # (tokens, d)
     size = fired[fit] * down.float().norm(dim=0).to(fired.dtype)  # of each neuron's contribution, signed
     shared, experts = split_neurons(size[::2].abs(), layout.shared, layout.experts)
-    member = torch.zeros(
-        layout.experts + 1, fired.shape[1], dtype=fired.dtype
-    )  # the last row: shared neurons
+    member = torch.zeros(layout.experts + 1, fired.shape[1], dtype=fired.dtype)
     member[:-1].scatter_(1, experts, 1)
-    member[-1, shared] = 1
+    member[-1, shared] = 1  # as if the shared neurons were one more expert
 
     energy = (size.square() @ member[:-1].T).float()  # (tokens, E)
     router = fit_router(hidden[fit], energy, layout.active) * layout.router_scale  # (E, d)

@@ -107,19 +107,23 @@ def test_every_dense_neuron_is_carved_exactly_once(llama, tokens, name):
 def test_as_many_neurons_are_active_as_declared(llama, tokens, name):
     layout = TINY[name]
     carved, report = miniature.carve(llama, layout, tokens)
-    assert report["active_share"] == (layout.shared + layout.active * layout.expert_size(NEURONS)) / NEURONS
-    layers = moe_layers(carved)
-    assert [layer.layer for layer in layers] == list(range(layout.dense_layers, 3))
-    for layer in layers:
-        assert (layer.num_experts, layer.top_k) == (layout.experts, layout.active)
-        assert layer.experts.down_proj.shape[2] == layout.expert_size(NEURONS)
+    layers = {layer.layer: layer for layer in moe_layers(carved)}
+    assert list(layers) == list(range(layout.dense_layers, 3))
+    active = 0
+    for index, layer in enumerate(carved.model.layers):
+        if index not in layers:
+            active += layer.mlp.gate_proj.weight.shape[0]
+            continue
+        shared = getattr(layer.mlp, "shared_expert", None) or getattr(layer.mlp, "shared_experts", None)
+        active += 0 if shared is None else shared.gate_proj.weight.shape[0]
+        active += layers[index].top_k * layers[index].experts.down_proj.shape[2]
+        assert layers[index].num_experts == layout.experts
+    assert report["active_share"] == pytest.approx(active / (3 * NEURONS))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_laptop_models_activate_at_most_three_quarters_of_the_neurons(name):
-    layout, neurons = LAYOUTS[name], 1536
-    assert layout.shared + layout.active * layout.expert_size(neurons) <= 0.75 * neurons
-    assert layout.active < layout.experts
+    assert LAYOUTS[name].active_share(neurons=1536, layers=30) <= 0.75
 
 
 def test_the_fit_beats_carving_without_it(llama, tokens, monkeypatch):
