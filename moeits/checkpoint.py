@@ -392,7 +392,7 @@ def measure_nmi(
         "fingerprint": fingerprint(folder),
         "bins": chosen.bins if bins is None else bins,
         "projection_weights": chosen.projection_weights(kind),
-        "source": records.source_digest(("nmi", "checkpoint")),
+        "source": records.source_digest(("nmi", "checkpoint", "families")),
     }
     done = CACHE / "nmi" / f"layers-{records.digest(settings)}"
     files = {layer: done / f"{layer}.npy" for layer in blocks}

@@ -149,10 +149,11 @@ def ablate(model: str | None, profile: str) -> None:
     settings = profiles.load(profile)
     for name in [model] if model else settings.models:
         study = pipeline.Study(settings, name)
+        found = []
         for tau in [None, *study.taus]:
             click.echo(f"{name}: {'whole model' if tau is None else f'tau = {tau:g}'}")
-            study.scores(tau)
-        rows = records.frame(study.curve())
+            found.append(study.scores(tau))
+        rows = records.frame(found)
         rows = rows[(rows.metric == "perplexity") | (rows.task == "mean")]
         table = rows.assign(measure=rows.variant.fillna(rows.metric)).pivot_table(
             index=["tau", "kept_share"], columns="measure", values=["value", "stderr"], dropna=False
@@ -270,17 +271,13 @@ def _choose(
     diagonal: str | None,
 ) -> "tuple[dict[int, Selection], Kept]":
     """Select within a budget, and put down what made the choice."""
-    from moeits.selection import Kept, select_experts, select_share
+    from moeits.selection import Kept, select_layers
 
     options = {
         "diagonal": diagonal or made_by.get("diagonal", "zero"),
         "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
     }
-    if "share" in budget:
-        tau, selections = select_share(matrices, **budget, **options)
-        budget = {**budget, "tau": tau}
-    else:
-        selections = {layer: select_experts(R, **budget, **options) for layer, R in matrices.items()}
+    budget, selections = select_layers(matrices, **budget, **options)
     kept = Kept(
         {layer: selection.kept for layer, selection in selections.items()},
         {layer: len(R) for layer, R in matrices.items()},

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from moeits import devices, records
 from moeits.paths import CACHE, DATA
 from moeits.profiles import Profile
 from moeits.records import Record
-from moeits.selection import Selection, select_experts, select_share
+from moeits.selection import Selection, select_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,39 +28,6 @@ _SOURCES = {
     "nmi": ("nmi", "checkpoint", "families"),
     "scores": ("evaluation", "shared_prefix", "corpus", "devices", "families", "surgery", "selection"),
 }
-
-
-def select(
-    matrices: Mapping[int, np.ndarray],
-    *,
-    tau: float | None = None,
-    n_keep: int | None = None,
-    share: float | None = None,
-    diagonal: str = "zero",
-    at_least: int = 1,
-) -> dict[int, Selection]:
-    """Select the experts of every layer by exactly one of tau, a number per layer, or a share of all.
-
-    Parameters
-    ----------
-    matrices : mapping of int to ndarray, shape (E, E)
-        NMI matrix of each layer.
-    tau, n_keep, share, diagonal, at_least
-        As in :func:`moeits.selection.select_experts` and :func:`moeits.selection.select_share`.
-
-    Raises
-    ------
-    ValueError
-        If not exactly one budget is given, or it is out of range.
-    """
-    if sum(budget is not None for budget in (tau, n_keep, share)) != 1:
-        raise ValueError("give exactly one of tau, n_keep and share")
-    if share is not None:
-        return select_share(matrices, share, diagonal=diagonal, at_least=at_least)[1]
-    return {
-        layer: select_experts(R, tau, n_keep=n_keep, diagonal=diagonal, at_least=at_least)
-        for layer, R in matrices.items()
-    }
 
 
 def simplify(
@@ -80,7 +47,7 @@ def simplify(
     model : torch.nn.Module, str or Path
         A causal language model of transformers, changed in place, or the folder of one, which stays as it is.
     tau, n_keep, share
-        The budget, exactly one of them, as in :func:`select`.
+        The budget, exactly one of them, as in :func:`moeits.selection.select_layers`.
     preset : {"paper", "official"}
         See :data:`moeits.nmi.PRESETS`.
     at_least : int, optional
@@ -115,7 +82,7 @@ def simplify(
         for layer in layers
     }
     floor = max(layer.minimum for layer in layers) if at_least is None else at_least
-    selections = select(
+    _, selections = select_layers(
         matrices, tau=tau, n_keep=n_keep, share=share, diagonal=chosen.diagonal, at_least=floor
     )
     return prune_model(model, {layer: selection.kept for layer, selection in selections.items()})
@@ -196,24 +163,15 @@ class Study:
         """Record of the NMI: mean, IQR and extremes of every layer, seconds."""
         return self._remember("nmi", self._nmi_inputs, self._measure_nmi)
 
-    @cached_property
+    @property
     def matrices(self) -> dict[int, np.ndarray]:
         """NMI matrix of every Mixture-of-Experts layer, shape (E, E), by the profile's preset."""
-        from moeits.nmi import read_matrices
-
-        _ = self.nmi  # which writes the file, unless its record is there already
-        if not self._matrices_file.exists():
-            self._measure_nmi()
-        return read_matrices(self._matrices_file)[0]
+        return self._measured[0]
 
     def selections(self, tau: float) -> dict[int, Selection]:
         """Kept and removed experts of every layer at one tau."""
-        from moeits.families import moe_layers
-        from moeits.nmi import PRESETS
-        from moeits.surgery import hollow_model, read_config
-
-        floor = max(layer.minimum for layer in moe_layers(hollow_model(read_config(self.folder))))
-        return select(self.matrices, tau=tau, diagonal=PRESETS[self.profile.preset].diagonal, at_least=floor)
+        matrices, made_by = self._measured
+        return select_layers(matrices, tau=tau, diagonal=made_by["diagonal"], at_least=made_by["minimum"])[1]
 
     def scores(self, tau: float | None = None) -> Record:
         """Record of the sizes, the held-out perplexity and the benchmark scores at one tau, unhealed.
@@ -247,12 +205,13 @@ class Study:
         tau : float
             Intensity, which sets the number of experts of every layer.
         """
+        counts = {layer: len(chosen.kept) for layer, chosen in self.selections(tau).items()}
         found = []
         for draw in range(self.profile.random_draws):
             rng = np.random.default_rng([self.profile.seed, draw])
             kept = {
-                layer: sorted(rng.choice(len(self.matrices[layer]), len(chosen.kept), replace=False).tolist())
-                for layer, chosen in self.selections(tau).items()
+                layer: sorted(rng.choice(len(self.matrices[layer]), count, replace=False).tolist())
+                for layer, count in counts.items()
             }
             found.append(self._scores(f"random {draw}", tau, kept, []))
         return found
@@ -265,13 +224,23 @@ class Study:
         return {
             "fingerprint": self.fingerprint,
             "preset": self.profile.preset,
-            "source": records.source_digest(_SOURCES["nmi"]),
+            "source": _source("nmi"),
             "lock": records.lock_digest(),
         }
 
     @property
     def _matrices_file(self) -> Path:
         return CACHE / "nmi" / f"{records.digest(self._nmi_inputs)}.npz"
+
+    @cached_property
+    def _measured(self) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+        """The NMI matrices, and what made them: diagonal, fewest experts per layer, ..."""
+        from moeits.nmi import read_matrices
+
+        _ = self.nmi  # which writes the file, unless its record is there already
+        if not self._matrices_file.exists():
+            self._measure_nmi()
+        return read_matrices(self._matrices_file)
 
     def _measure_nmi(self) -> tuple[list[dict], dict]:
         from moeits.checkpoint import measure_nmi
@@ -326,7 +295,7 @@ class Study:
             "shots": profile.shots,
             "documents": profile.documents,
             "heldout_tokens": profile.heldout_tokens,
-            "source": records.source_digest(_SOURCES["scores"]),
+            "source": _source("scores"),
             "lock": records.lock_digest(),
         }
 
@@ -347,7 +316,7 @@ class Study:
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
             blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
             text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
-            rows = [*_size_rows(model, dense=self.name == DENSE)]
+            rows = _size_rows(model, dense=self.name == DENSE)
             rows.append(
                 {"task": "heldout", "metric": "perplexity", "unit": "1", "higher_is_better": False, **text}
             )

@@ -214,6 +214,47 @@ def select_share(
     return tau, select(tau)
 
 
+def select_layers(
+    matrices: Mapping[int, np.ndarray],
+    *,
+    tau: float | None = None,
+    n_keep: int | None = None,
+    share: float | None = None,
+    diagonal: str = "zero",
+    at_least: int = 1,
+) -> tuple[dict[str, float], dict[int, Selection]]:
+    """Select the experts of every layer by exactly one of tau, a number per layer, or a share of all.
+
+    Parameters
+    ----------
+    matrices : mapping of int to ndarray, shape (E, E)
+        R of every layer.
+    tau, n_keep, share, diagonal, at_least
+        As in :func:`select_experts` and :func:`select_share`.
+
+    Returns
+    -------
+    budget : dict
+        What was asked for, and for a share the tau that was found, as ``kept.json`` holds it.
+    selections : dict[int, Selection]
+        By layer.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one budget is given, or it is out of range.
+    """
+    given = {"tau": tau, "n_keep": n_keep, "share": share}
+    budget = {name: value for name, value in given.items() if value is not None}
+    if len(budget) != 1:
+        raise ValueError("give exactly one of tau, n_keep and share")
+    options = {"diagonal": diagonal, "at_least": at_least}
+    if share is not None:
+        found, selections = select_share(matrices, share, **options)
+        return {**budget, "tau": found}, selections
+    return budget, {layer: select_experts(R, **budget, **options) for layer, R in matrices.items()}
+
+
 @dataclass(frozen=True)
 class Kept:
     """The kept experts of a model, as ``kept.json`` holds them.
