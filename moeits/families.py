@@ -238,6 +238,13 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return sorted(layers, key=lambda layer: layer.layer)
 
 
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of all decoder layers of a Mixture-of-Experts model, and its name."""
+    layer = moe_layers(model)[0]
+    name = re.match(rf"(.*)\.{layer.layer}(\.|$)", layer.name)[1]
+    return name, model.get_submodule(name)
+
+
 def expert_block(layer: MoELayer) -> dict[str, torch.Tensor]:
     """Weights of a layer's experts, as views of the model's own tensors where the layout allows.
 

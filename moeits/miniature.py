@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.special import softmax
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -37,6 +38,7 @@ from transformers import (
 from moeits import corpus
 from moeits.devices import choose
 from moeits.paths import CACHE, package_folder, whole
+from moeits.refit import least_squares, product
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BLOCK = 512  # tokens per block of calibration and held-out text
@@ -44,8 +46,7 @@ _CALIBRATION, _HELDOUT = 32_768, 16_384  # tokens
 _BLOCKS_PER_PASS = 8
 _CLUSTER_ROUNDS = 3
 _ROUTER_STEPS = 12
-_ROUTER_RIDGE = 1e-2  # ridge penalties are relative to the mean of the Gram matrix's diagonal
-_REFIT_RIDGE = 3e-2
+_ROUTER_RIDGE = 1e-2  # relative to the mean of the Gram matrix's diagonal
 
 
 @dataclass(frozen=True)
@@ -474,7 +475,7 @@ def split_neurons(activity: Tensor, shared: int, experts: int) -> tuple[Tensor, 
     size = len(rest) // experts
     rows = activity[:, rest]
     rows = rows - rows.mean(0)
-    covariance = _product(rows, rows)
+    covariance = product(rows, rows)
     deviation = covariance.diagonal().clamp(min=1e-12).sqrt()
     alike = covariance / deviation / deviation[:, None]
 
@@ -483,12 +484,38 @@ def split_neurons(activity: Tensor, shared: int, experts: int) -> tuple[Tensor, 
         chosen.append(int(alike[chosen].amax(0).argmin()))
     to_centres = alike[:, chosen]  # (n - shared, E), cosines
     for _ in range(_CLUSTER_ROUNDS):
-        _, seats = linear_sum_assignment(np.repeat(-to_centres.numpy(), size, axis=1))
-        owner = torch.from_numpy(seats // size)
+        owner = torch.from_numpy(assign_equally(to_centres.double().numpy()))
         members = F.one_hot(owner, experts).float()
         sums = alike @ members
         to_centres = sums / (members * sums).sum(0).clamp(min=1e-12).sqrt()
     return by_energy[:shared].sort().values, rest[owner.argsort(stable=True)].view(experts, size)
+
+
+def assign_equally(alike: np.ndarray) -> np.ndarray:
+    """Deal rows out to the columns, to each as many, so that the sum of the chosen entries is largest.
+
+    A linear assignment problem. A price on every column changes no solution of it; near the dual optimum,
+    which a few rounds of Sinkhorn's scaling find (doi:10.48550/arXiv.1306.0895), it is solved much faster.
+
+    Parameters
+    ----------
+    alike : ndarray, shape (n, E)
+        What is gained by giving a row to a column; n is a multiple of E.
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+        Column of every row.
+    """
+    rows, columns = alike.shape
+    size = rows // columns
+    price = np.zeros(columns)
+    for softness in np.ptp(alike) * np.array([0.1, 0.03, 0.01, 0.003]):
+        for _ in range(50):
+            share = softmax((alike - price) / max(softness, 1e-9), axis=1).sum(0)
+            price += softness * np.log(np.maximum(share, 1e-9) / size)
+    _, seats = linear_sum_assignment(np.repeat(price - alike, size, axis=1))
+    return seats // size
 
 
 def fit_router(hidden: Tensor, energy: Tensor, active: int) -> Tensor:
@@ -513,7 +540,7 @@ def fit_router(hidden: Tensor, energy: Tensor, active: int) -> Tensor:
         Rows whose sigmoid estimates the probability that the expert is one of the `active` best.
     """
     best = torch.zeros_like(energy).scatter_(1, energy.topk(active, dim=1).indices, 1.0)
-    gram = _product(hidden, hidden).double() / (4 * len(hidden))
+    gram = product(hidden, hidden).double() / (4 * len(hidden))
     gram.diagonal().add_(_ROUTER_RIDGE * gram.diagonal().mean())
     factor = torch.linalg.cholesky(gram)
     ridge = _ROUTER_RIDGE * float(gram.diagonal().mean())
@@ -521,7 +548,7 @@ def fit_router(hidden: Tensor, energy: Tensor, active: int) -> Tensor:
     for step in range(_ROUTER_STEPS):
         ahead = router + step / (step + 3) * (router - before)
         missing = best - (hidden @ ahead.to(hidden.dtype)).float().sigmoid()
-        slope = _product(hidden, missing.to(hidden.dtype)).double() / len(hidden) - ridge * ahead
+        slope = product(hidden, missing.to(hidden.dtype)).double() / len(hidden) - ridge * ahead
         router, before = ahead + torch.cholesky_solve(slope, factor).float(), router
     return router.T
 
@@ -569,16 +596,7 @@ def refit(mixed: Tensor, wanted: Tensor, start: Tensor, influence: Tensor) -> Te
     -------
     Tensor of float32, shape (n, d)
     """
-    missing = (wanted - mixed @ start) * influence
-    mixed = mixed * influence
-    gram = _product(mixed, mixed)
-    gram.diagonal().add_(_REFIT_RIDGE * gram.diagonal().mean())
-    return start.float() + torch.cholesky_solve(_product(mixed, missing), torch.linalg.cholesky(gram))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left.T @ right`` in float32 for rows of any dtype: sums over chunks, so that they lose few digits."""
-    return sum((a.T @ b).float() for a, b in zip(left.split(4096), right.split(4096), strict=True))
+    return least_squares(mixed * influence, wanted * influence, start)
 
 
 def _assemble(

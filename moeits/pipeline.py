@@ -24,7 +24,7 @@ DENSE = "dense"
 
 # The modules whose source a step's result depends on.
 _SOURCES = {
-    "miniature": ("miniature", "corpus", "devices"),
+    "miniature": ("miniature", "refit", "corpus", "devices"),
     "nmi": ("nmi", "checkpoint", "families"),
     "scores": ("evaluation", "shared_prefix", "corpus", "devices", "families", "surgery", "selection"),
 }
@@ -126,11 +126,11 @@ class Study:
         """Folder of the whole model's checkpoint: built, downloaded or as given."""
         kind, _, rest = self.source.partition(":")
         if kind == "miniature":
-            from moeits import miniature
-
             made_of = {"name": rest, "source": _source("miniature"), "lock": records.lock_digest()}
             folder = CACHE / "miniature" / f"{rest}-{records.digest(made_of)}"
             if not folder.exists():
+                from moeits import miniature
+
                 miniature.build(rest, folder)
             return folder
         if kind == "hub":

@@ -4,18 +4,21 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moeits import miniature
 from moeits.cli import main
 from moeits.families import moe_layers
-from moeits.miniature import LAYOUTS, Layout
+from moeits.miniature import LAYOUTS, Layout, assign_equally
 
 HIDDEN, NEURONS, VOCABULARY = 32, 48, 96
 
@@ -129,7 +132,7 @@ def test_laptop_models_activate_at_most_three_quarters_of_the_neurons(name):
 def test_the_fit_beats_carving_without_it(llama, tokens, monkeypatch):
     layout = TINY["smol-qwen"]
     fitted, _ = miniature.carve(llama, layout, tokens)
-    monkeypatch.setattr(miniature, "_REFIT_RIDGE", 1e9)
+    monkeypatch.setattr(miniature, "least_squares", partial(miniature.least_squares, ridge=1e9))
     unfitted, _ = miniature.carve(llama, layout, tokens)
     target = logits(llama, tokens)
     assert mean_square(logits(fitted, tokens) - target) < mean_square(logits(unfitted, tokens) - target)
@@ -310,3 +313,14 @@ def test_refit_of_active_neurons_alone_finds_the_exact_projection():
     torch.testing.assert_close(exact, projection)
     near = miniature.refit(mixed, mixed @ projection, torch.zeros(6, 3), torch.ones(500, 1))
     torch.testing.assert_close(near, projection, rtol=0.1, atol=0.1)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 1000), st.sampled_from([0.0, 1.0, 1e6]))
+@settings(max_examples=40, deadline=None)
+def test_equal_assignment_is_the_best(columns, size, seed, spread):
+    alike = spread * np.random.default_rng(seed).normal(size=(columns * size, columns))
+    owner = assign_equally(alike)
+    assert (np.bincount(owner, minlength=columns) == size).all()
+    rows, seats = linear_sum_assignment(np.repeat(-alike, size, axis=1))
+    best = alike[rows, seats // size].sum()
+    assert alike[np.arange(len(alike)), owner].sum() == pytest.approx(best, rel=1e-9, abs=1e-9)

@@ -1,0 +1,228 @@
+"""Refit: healing without training. The down projections of the kept experts, by least squares.
+
+Layer by layer, through what is already refitted, the down projections are fitted on calibration text so that
+the routed experts that are left give the output of all of them, as the whole model's layer has it on the
+same input. Where the router's weights of the kept experts grow, as a softmax over fewer experts makes them,
+the fit takes it back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moeits.families import MoELayer, decoder_layers, moe_layers
+from moeits.unstack import ExpertList, chosen_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RIDGE = 3e-2
+"""Penalty on what a fit changes, relative to the mean diagonal of the Gram matrix."""
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """How close a layer's routed output is to the whole layer's.
+
+    Attributes
+    ----------
+    layer : int
+        Decoder layer.
+    before, after : float
+        Squared error as a share of the whole layer's squared output, on the calibration text.
+    """
+
+    layer: int
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def refit_model(
+    model: "PreTrainedModel",
+    original: "PreTrainedModel",
+    blocks: Tensor,
+    *,
+    ridge: float = RIDGE,
+    batch_size: int = 4,
+    say: Callable[[Refitted], None] | None = None,
+) -> list[Refitted]:
+    """Refit the down projections of a pruned model's experts, in place.
+
+    Parameters
+    ----------
+    model, original : transformers.PreTrainedModel
+        The pruned model and the whole one.
+    blocks : Tensor of int64, shape (N, T)
+        Calibration text.
+    ridge : float
+        See :data:`RIDGE`.
+    batch_size : int
+        Blocks in one pass.
+    say : callable, optional
+        Is told of every layer when it is done.
+
+    Returns
+    -------
+    list of Refitted
+        One for each Mixture-of-Experts layer.
+
+    Raises
+    ------
+    ValueError
+        If the models have experts in different layers, or a fit is not finite.
+    """
+    whole = {layer.layer: layer for layer in moe_layers(original)}
+    layers = {layer.layer: layer for layer in moe_layers(model)}
+    if whole.keys() != layers.keys():
+        raise ValueError(f"one model has experts in layers {sorted(whole)}, the other in {sorted(layers)}")
+    report = []
+    training = model.training
+    model.eval()
+    try:
+        stream = _Stream(model, torch.as_tensor(blocks).split(batch_size))
+        for number, decoder in enumerate(decoder_layers(model)[1]):
+            if number in layers:
+                observe = _Observer(model, layers[number], original, whole[number])
+                stream.run(number, decoder, keep=False)
+                report.append(observe.fit(ridge))
+                if say is not None:
+                    say(report[-1])
+            stream.run(number, decoder)
+    finally:
+        model.train(training)
+    return report
+
+
+def least_squares(mixed: Tensor, wanted: Tensor, start: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Fit ``mixed @ fitted`` to `wanted`, drawn towards a start.
+
+    Minimises ``|wanted - mixed @ fitted|**2 + c |fitted - start|**2`` with ``c`` the ridge times the mean
+    diagonal of the Gram matrix. Solved with the Gram matrix of the columns or of the rows, whichever is
+    smaller.
+
+    Parameters
+    ----------
+    mixed : Tensor, shape (tokens, n)
+        Hidden neurons times the weight of their expert.
+    wanted : Tensor, shape (tokens, d)
+        What they should give.
+    start : Tensor, shape (n, d)
+        Down projection before.
+    ridge : float
+        Positive.
+
+    Returns
+    -------
+    Tensor of float32, shape (n, d)
+    """
+    missing = wanted - mixed @ start.to(mixed.dtype)
+    tokens, neurons = mixed.shape
+    rows = mixed if neurons <= tokens else mixed.T
+    gram = product(rows, rows)
+    penalty = (ridge * gram.diagonal().sum() / neurons).clamp(min=torch.finfo(gram.dtype).tiny)
+    gram.diagonal().add_(penalty)
+    factor = torch.linalg.cholesky(gram)
+    if neurons <= tokens:
+        change = torch.cholesky_solve(product(mixed, missing), factor)
+    else:
+        change = mixed.T.float() @ torch.cholesky_solve(missing.float(), factor)
+    return start.float() + change
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` in float32 for rows of any dtype: sums over chunks, so that they lose few digits."""
+    return sum((a.T @ b).float() for a, b in zip(left.split(4096), right.split(4096), strict=True))
+
+
+class _Stream:
+    """Hidden states of token blocks on their way through the decoder layers of a model."""
+
+    def __init__(self, model: "PreTrainedModel", batches: tuple[Tensor, ...]) -> None:
+        self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # of every batch and layer
+        self.states: list[Tensor] = []
+        layers = decoder_layers(model)[1]
+        for batch in batches:
+            calls: list[tuple[tuple, dict[str, Any]]] = []
+            hooks = [
+                layer.register_forward_pre_hook(
+                    lambda _, args, options, calls=calls: calls.append((args, options)), with_kwargs=True
+                )
+                for layer in layers
+            ]
+            try:
+                model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            args, options = calls[0]
+            self.states.append(args[0] if args else options["hidden_states"])
+            self.calls.append(
+                [
+                    (args[1:], {k: v for k, v in options.items() if k != "hidden_states"})
+                    for args, options in calls
+                ]
+            )
+
+    def run(self, number: int, decoder: nn.Module, *, keep: bool = True) -> None:
+        """Pass one decoder layer; its output replaces the states, unless it is only looked at."""
+        for i, (states, calls) in enumerate(zip(self.states, self.calls, strict=True)):
+            args, options = calls[number]
+            output = decoder(states, *args, **options)
+            if keep:
+                self.states[i] = output if isinstance(output, Tensor) else output[0]
+
+
+class _Observer:
+    """Collects, as a pruned layer runs, its active neurons and what the whole layer gives for its input."""
+
+    def __init__(self, model: nn.Module, layer: MoELayer, original: nn.Module, whole: MoELayer) -> None:
+        if getattr(layer.experts, "has_post_expert_norm", False):
+            raise ValueError(f"{layer.name}: its experts end in a norm, after which nothing can be refitted")
+        self.layer, self.experts = layer, ExpertList(layer)
+        self.mixed: list[Tensor] = []
+        self.fixed: list[Tensor] = []  # what the biases of the down projections give
+        self.wanted: list[Tensor] = []
+        block, whole_block = model.get_submodule(layer.name), original.get_submodule(whole.name)
+        self.hooks = [
+            layer.experts.register_forward_pre_hook(self._see),
+            block.register_forward_pre_hook(partial(self._ask, whole_block), with_kwargs=True),
+            whole.experts.register_forward_hook(lambda _, __, output: self.wanted.append(output.float())),
+        ]
+
+    def _ask(self, whole_block: nn.Module, _: nn.Module, args: tuple, options: dict[str, Any]) -> None:
+        whole_block(*args, **options)
+
+    def _see(self, _: nn.Module, args: tuple) -> None:
+        states, index, weights = args
+        mixed = states.new_zeros(len(self.experts.experts), len(states), self.experts.neurons)
+        fixed = torch.zeros_like(states, dtype=torch.float32)
+        for expert, tokens, share in chosen_tokens(index, weights, len(mixed)):
+            active = self.experts.hidden(expert, states[tokens]) * share[:, None]
+            mixed[expert].index_add_(0, tokens, active.to(mixed.dtype))
+            if (bias := self.experts.experts[expert].down.bias) is not None:
+                fixed.index_add_(0, tokens, (share[:, None] * bias).float())
+        self.mixed.append(mixed.transpose(0, 1).flatten(1))
+        self.fixed.append(fixed)
+
+    def fit(self, ridge: float) -> Refitted:
+        """Solve, and write the down projections into the model."""
+        for hook in self.hooks:
+            hook.remove()
+        mixed = torch.cat(self.mixed).float()
+        wanted = torch.cat(self.wanted).flatten(0, -2) - torch.cat(self.fixed)
+        start = torch.cat([expert.down.weight.T for expert in self.experts.experts]).float()
+        fitted = least_squares(mixed, wanted, start, ridge)
+        if not torch.isfinite(fitted).all():
+            raise ValueError(
+                f"layer {self.layer.layer}: the fit is not finite; look for NaN or Inf in its weights"
+            )
+        for expert, down in zip(self.experts.experts, fitted.split(self.experts.neurons), strict=True):
+            expert.down.weight.copy_(down.T)
+        norm = wanted.square().sum()
+        errors = [((wanted - mixed @ down).square().sum() / norm).item() for down in (start, fitted)]
+        return Refitted(self.layer.layer, *errors)
