@@ -340,6 +340,63 @@ def prune(
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
+@click.option(
+    "-s",
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Setting of the recipe, such as steps=100.",
+)
+@click.option("--no-lora", is_flag=True, help="Do not train; only refit.")
+@click.option("--refit-to", type=click.Path(path_type=Path), help="Whole model, to which to refit first.")
+@click.option("--refit-tokens", type=click.IntRange(512), default=16_384, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+def heal(
+    folder: Path,
+    output: Path,
+    preset: str,
+    settings: tuple[str, ...],
+    no_lora: bool,
+    refit_to: Path | None,
+    refit_tokens: int,
+    device: str,
+    dtype: str,
+) -> None:
+    """Heal the pruned model in FOLDER: by LoRA, by refitting to the whole model, or both.
+
+    Started again, a killed training goes on from its last checkpoint.
+    """
+    import yaml
+
+    from moeits import devices, profiles
+    from moeits.healing import heal as run
+
+    given = {"preset": preset}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set {setting}: write NAME=VALUE")
+        given[name] = yaml.safe_load(value)
+    recipe = None if no_lora else profiles.recipe(**given)
+    place, number, _ = devices.choose(device, dtype)
+    options = {"refit_to": refit_to, "refit_tokens": refit_tokens, "progress": True}
+    report = run(folder, output, recipe, **options, dtype=number, device_map={"": place})
+    for layer in report.get("refit", {"layers": []})["layers"]:
+        click.echo("layer {layer}: error {before:.4f} before the refit, {after:.4f} after".format(**layer))
+    if "lora" in report:
+        for part, count in report["lora"]["parts"].items():
+            click.echo(f"trained {count:,} parameters of {part}")
+        losses = report["lora"]["losses"]
+        click.echo(f"loss {losses[0]:.4f} in the first step, {losses[-1]:.4f} in the last of {len(losses)}")
+    click.echo(output)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--kept", type=click.Path(path_type=Path), help="Count as if pruned to this kept.json.")
 def size(folder: Path, kept: Path | None) -> None:
     """Count the parameters of the model in FOLDER, from its configuration alone."""

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,11 @@ _SOURCES = {
     "miniature": ("miniature", "refit", "corpus", "devices"),
     "nmi": ("nmi", "checkpoint", "families"),
     "scores": ("evaluation", "shared_prefix", "corpus", "devices", "families", "surgery", "selection"),
+    "healing": ("healing", "refit", "unstack", "corpus", "devices", "families", "surgery", "selection"),
 }
+
+HEALINGS = {"refit": ("refit",), "lora": ("lora",), "refit + lora": ("refit", "lora")}
+"""Ways to heal: which steps each takes, in order."""
 
 
 def simplify(
@@ -181,12 +186,120 @@ class Study:
         tau : float, optional
             Intensity; without it the whole model is measured.
         """
-        kept = (
-            None
-            if tau is None
-            else {layer: list(chosen.kept) for layer, chosen in self.selections(tau).items()}
-        )
+        kept = None if tau is None else self._kept(tau)
         return self._scores("whole" if kept is None else "moeits", tau, kept, self.profile.tasks)
+
+    def _kept(self, tau: float) -> dict[int, list[int]]:
+        return {layer: list(chosen.kept) for layer, chosen in self.selections(tau).items()}
+
+    @property
+    def healings(self) -> list[tuple[float, str]]:
+        """Tau and way of everything that the profile heals."""
+        own, ways = self.profile.model(self.name).tau, []
+        if self.profile.refit_tokens:
+            ways.append("refit")
+        if self.profile.healing:
+            ways += ["lora", *(["refit + lora"] if ways else [])]
+        others = self.profile.healed_taus.get(self.name, []) if self.profile.healing else []
+        return [*((own, way) for way in ways), *((tau, "lora") for tau in others if tau != own)]
+
+    def healing(self, tau: float, way: str) -> Record:
+        """Record of a healing: seconds and, layer by layer or step by step, what it reached.
+
+        Parameters
+        ----------
+        tau : float
+            Intensity of the pruning.
+        way : str
+            One of :data:`HEALINGS`.
+        """
+        return self._remember("healing", self._healing_inputs(tau, way), lambda: self._heal(tau, way))
+
+    def healed_scores(self, tau: float, way: str) -> Record:
+        """Record of the scores of the model pruned at `tau` and healed.
+
+        Parameters
+        ----------
+        tau, way
+            As in :meth:`healing`.
+        """
+        # What is refitted alone is compared in bits of held-out text, which tells more than few questions.
+        tasks = [] if way == "refit" else self.profile.tasks
+        return self._scores(way, tau, self._kept(tau), tasks, healed=self.healing(tau, way).id)
+
+    def _healing_inputs(self, tau: float, way: str) -> dict[str, Any]:
+        if way not in HEALINGS:
+            raise ValueError(f"no way to heal is called {way!r}: there are {', '.join(HEALINGS)}")
+        if "lora" in HEALINGS[way] and self.profile.healing is None:
+            raise ValueError(f"profile {self.profile.name!r} has no settings of healing")
+        if "refit" in HEALINGS[way] and not self.profile.refit_tokens:
+            raise ValueError(f"profile {self.profile.name!r} has no refit_tokens")
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        return {
+            "fingerprint": self.fingerprint,
+            "kept": {str(layer): ids for layer, ids in self._kept(tau).items()},
+            "way": way,
+            "recipe": self.profile.healing.model_dump() if "lora" in HEALINGS[way] else None,
+            "refit_tokens": self.profile.refit_tokens if "refit" in HEALINGS[way] else None,
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "source": _source("healing"),
+            "lock": records.lock_digest(),
+        }
+
+    def _healed_folder(self, tau: float, way: str) -> Path:
+        return CACHE / "healed" / f"{self.name}-{records.digest(self._healing_inputs(tau, way))}"
+
+    def _heal(self, tau: float, way: str) -> tuple[list[dict], dict]:
+        """Prune, heal and save the model in the cache; return rows and details of its record."""
+        from transformers import AutoTokenizer
+
+        from moeits import corpus
+        from moeits.healing import heal_model
+        from moeits.refit import refit_model
+        from moeits.surgery import load_model, prune_model, save_model
+
+        folder = self._healed_folder(tau, way)
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        model = prune_model(self._load(self.folder, dtype).to(device), self._kept(tau))
+        seconds, details = {}, {}
+        for part in HEALINGS[way]:
+            start = time.perf_counter()
+            if part == "refit":
+                blocks = corpus.blocks("calibration", tokenizer, tokens=self.profile.refit_tokens)
+                original = load_model(self.folder, dtype=dtype).to(device)
+                errors = refit_model(model, original, blocks)
+                details["refit"] = [vars(error) for error in errors]
+                del original
+            else:
+                work = folder.with_name(f"{folder.name}.work")
+                healed = heal_model(model, tokenizer, self.profile.healing, work, progress=True)
+                details["lora"] = vars(healed)
+            seconds[part] = time.perf_counter() - start
+        if not folder.exists():
+            save_model(model, folder, tokenizer=tokenizer)
+        common = {"model": self.name, "method": way, "tau": tau}
+        rows = [
+            records.row(**common, task=part, metric="seconds", value=value, unit="s")
+            for part, value in seconds.items()
+        ]
+        if "lora" in details:
+            last = details["lora"]["losses"][-8:]
+            loss = {"value": float(np.mean(last)), "n": len(last), "unit": "nat/token"}
+            rows.append(records.row(**common, task="lora", metric="training loss", **loss))
+            tokens = {"value": details["lora"]["tokens"], "unit": "tokens"}
+            rows.append(records.row(**common, task="lora", metric="training text", **tokens))
+        return rows, details
+
+    def _load(self, folder: Path, dtype: object) -> "nn.Module":
+        """Load a checkpoint to be scored."""
+        from moeits.surgery import load_model
+
+        # On a CPU transformers' grouped matrix product is slower than its plain loop over the experts.
+        plain = devices.choose(self.profile.device, self.profile.dtype)[0].type == "cpu"
+        options = {"experts_implementation": "eager"} if plain and self.name != DENSE else {}
+        return load_model(folder, dtype=dtype, **options)
 
     @property
     def taus(self) -> list[float]:
@@ -274,7 +387,13 @@ class Study:
         return (self.profile.questions_at_page_tau if at_page else None) or self.profile.questions
 
     def _scores(
-        self, method: str, tau: float | None, kept: dict[int, list[int]] | None, tasks: list[str]
+        self,
+        method: str,
+        tau: float | None,
+        kept: dict[int, list[int]] | None,
+        tasks: list[str],
+        *,
+        healed: str | None = None,
     ) -> Record:
         profile = self.profile
         device, dtype, _ = devices.choose(profile.device, profile.dtype)
@@ -295,6 +414,7 @@ class Study:
             "shots": profile.shots,
             "documents": profile.documents,
             "heldout_tokens": profile.heldout_tokens,
+            **({"healed": healed} if healed else {}),
             "source": _source("scores"),
             "lock": records.lock_digest(),
         }
@@ -303,16 +423,20 @@ class Study:
             from transformers import AutoTokenizer
 
             from moeits import corpus, evaluation
-            from moeits.surgery import load_model, prune_model
+            from moeits.surgery import prune_model
 
-            # On a CPU transformers' grouped matrix product is slower than its plain loop over the experts.
-            plain = device.type == "cpu" and self.name != DENSE
-            options = {"experts_implementation": "eager"} if plain else {}
-            model = load_model(self.folder, dtype=dtype, **options).to(device)
             kept_share = 1.0
             if kept is not None:
                 kept_share = sum(map(len, kept.values())) / sum(map(len, self.matrices.values()))
-                prune_model(model, kept)
+            if healed:
+                folder = self._healed_folder(tau, method)
+                if not folder.exists():
+                    self._heal(tau, method)
+                model = self._load(folder, dtype).to(device)
+            else:
+                model = self._load(self.folder, dtype).to(device)
+                if kept is not None:
+                    prune_model(model, kept)
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
             blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
             text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
@@ -406,6 +530,12 @@ def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
         yield Step(
             "controls", f"{study.name}: random experts", lambda study=study, own=own: study.controls(own)
         )
+        for tau, way in study.healings:
+            label = f"{study.name}: tau = {tau:g}, {way}"
+            yield Step("healing", label, lambda study=study, at=(tau, way): study.healing(*at))
+            yield Step(
+                "scores", f"{label}: scores", lambda study=study, at=(tau, way): study.healed_scores(*at)
+            )
 
 
 def _source(step: str) -> str:

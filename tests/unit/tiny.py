@@ -6,7 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moeits.families import TOP_KS
 
@@ -144,3 +145,13 @@ def tiny_model(family: str, *, seed: int = 0, **settings) -> torch.nn.Module:
 def tokens(*, seed: int = 0, batch: int = 2, length: int = 9) -> torch.Tensor:
     """Random token ids (batch, length)."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer of single ASCII characters, for the vocabulary of the small models."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(i): i for i in range(3, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<s>"
+    )
