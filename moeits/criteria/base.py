@@ -303,7 +303,8 @@ def proportional(
     """
     keys = list(weights)
     low, high = (np.array([bound[key] for key in keys], dtype=float) for bound in (lower, upper))
-    values = np.maximum([weights[key] for key in keys], np.finfo(float).tiny)
+    values = np.array([weights[key] for key in keys], dtype=float)
+    values = np.maximum(values / max(values.max(), np.finfo(float).tiny), 1e-12)
     if not low.sum() <= total <= high.sum():
         raise ValueError(f"cannot deal out {total}: the bounds allow {low.sum():g} to {high.sum():g}")
     # The factor between none and all: what it gives, within the bounds, grows with it.
