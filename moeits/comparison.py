@@ -75,22 +75,37 @@ class Comparison:
             for label in (_random_draws(self.profile) if name == "random" else [name])
         ]
 
-    @cached_property
-    def statistics(self) -> "dict[int, Statistics]":
-        """Statistics of the calibration text, gathered once."""
+    def statistics(self, text: str) -> "dict[int, Statistics]":
+        """Statistics of the calibration text or of random tokens, gathered once.
+
+        Parameters
+        ----------
+        text : {"calibration", "random"}
+            Which one.
+        """
         from moeits.criteria.statistics import read_statistics
 
-        _ = self.statistics_record
-        if not self._statistics_file.exists():
-            self._gather()
-        return read_statistics(self._statistics_file)[0]
+        if text not in self._known:
+            _ = self.statistics_record(text)
+            if not self._statistics_file(text).exists():
+                self._gather(text)
+            self._known[text] = read_statistics(self._statistics_file(text))[0]
+        return self._known[text]
 
-    @cached_property
-    def statistics_record(self) -> Record:
-        """Record of the pass over the calibration text: its tokens, and the seconds it took."""
+    def statistics_record(self, text: str) -> Record:
+        """Record of the pass over a text: its tokens, and the seconds it took."""
         return records.remember(
-            self.study.records, "statistics", self._statistics_inputs, self._gather, provenance=self._place
+            self.study.records,
+            "statistics",
+            self._statistics_inputs(text),
+            lambda: self._gather(text),
+            provenance=self._place,
         )
+
+    def pass_seconds(self, method: str) -> float:
+        """Seconds of the pass over the text that a method reads; 0 if it reads none."""
+        text = _text(method)
+        return self.statistics_record(text).seconds if text else 0.0
 
     def cell(self, method: str, budget: Budget) -> Record:
         """Measure one method at one budget, or find it measured.
@@ -143,9 +158,10 @@ class Comparison:
             "seed": self.profile.seed,
         }
 
-    @property
-    def _statistics_inputs(self) -> dict[str, Any]:
+    def _statistics_inputs(self, text: str) -> dict[str, Any]:
         return {
+            "text": text,
+            "seed": self.profile.seed if text == "random" else None,
             "fingerprint": self.study.fingerprint,
             "calibration_tokens": self.profile.calibration_tokens,
             "device": self._place["device"],
@@ -154,27 +170,34 @@ class Comparison:
             "lock": records.lock_digest(),
         }
 
-    @property
-    def _statistics_file(self) -> Path:
-        return CACHE / "statistics" / f"{records.digest(self._statistics_inputs)}.npz"
+    def _statistics_file(self, text: str) -> Path:
+        return CACHE / "statistics" / f"{records.digest(self._statistics_inputs(text))}.npz"
 
-    def _gather(self) -> tuple[list[dict], dict]:
+    def _gather(self, text: str) -> tuple[list[dict], dict]:
         from moeits import corpus
-        from moeits.criteria.statistics import gather, write_statistics
+        from moeits.criteria.statistics import gather, random_tokens, write_statistics
 
-        blocks = corpus.blocks("calibration", self._tokenizer, tokens=self.profile.calibration_tokens)
-        found = gather(self._load(), blocks, batch_size=self.profile.batch_size)
-        write_statistics(self._statistics_file, found, self._statistics_inputs)
+        model, tokens = self._load(), self.profile.calibration_tokens
+        if text == "random":
+            blocks = random_tokens(model, tokens, seed=self.profile.seed)
+        else:
+            blocks = corpus.blocks(text, self._tokenizer, tokens=tokens)
+        found = gather(model, blocks, batch_size=self.profile.batch_size)
+        write_statistics(self._statistics_file(text), found, self._statistics_inputs(text))
         row = records.row(
             model=self.name,
             method="statistics",
-            task="calibration",
+            task=text,
             metric="tokens",
             value=int(blocks.size),
             n=len(blocks),
             unit="1",
         )
         return [row], {}
+
+    @cached_property
+    def _known(self) -> "dict[str, dict[int, Statistics]]":
+        return {}
 
     def _inputs(self, method: str, budget: Budget) -> dict[str, Any]:
         inputs = self._place | {
@@ -192,8 +215,8 @@ class Comparison:
             criterion = criteria.criterion(method.split()[0])
             inputs["criterion"] = criterion.functions
             inputs["criterion source"] = records.source_digest(criterion.modules)
-            if criterion.needs_calibration:
-                inputs["statistics"] = records.digest(self._statistics_inputs)
+            if text := _text(method):
+                inputs["statistics"] = records.digest(self._statistics_inputs(text))
         return inputs
 
     @cached_property
@@ -225,13 +248,15 @@ class Comparison:
         if method != WHOLE:
             name, _, draw = method.partition(" ")
             criterion = criteria.criterion(name)
-            statistics = self.statistics if criterion.needs_calibration else None
+            text = _text(method)
+            statistics = self.statistics(text) if text else None
+            place = "probe" if text == "random" else "calibration"
             layers = {
                 number: replace(
                     layer,
-                    calibration=statistics and statistics[number],
                     seed=int(draw or 0) + self.profile.seed,
                     memory={},
+                    **{place: statistics and statistics[number]},
                 )
                 for number, layer in self._layers.items()
             }
@@ -258,7 +283,7 @@ class Comparison:
             cost = {
                 "selection seconds": (time.perf_counter() - start, "s"),
                 "selection memory": (records.peak_memory(), "bytes"),
-                "calibration tokens": (self.profile.calibration_tokens if statistics else 0, "1"),
+                "calibration tokens": (self.profile.calibration_tokens if text == "calibration" else 0, "1"),
             }
         model = self._load()
         if blocks:
@@ -350,18 +375,20 @@ def select_from_folder(
 
     from moeits import corpus
     from moeits.checkpoint import fingerprint
-    from moeits.criteria.statistics import gather, layers_of
+    from moeits.criteria.statistics import gather, layers_of, random_tokens
     from moeits.surgery import load_model
 
     criterion = criteria.criterion(name)
     if criterion.score is None and criterion.choose is None:
         raise ValueError(f"{criterion.title} chooses no experts: nothing to write into a kept.json")
     model = load_model(folder)
-    statistics, used = None, 0
+    statistics, probe, used = None, None, 0
     if criterion.needs_calibration:
         blocks = corpus.blocks("calibration", AutoTokenizer.from_pretrained(folder), tokens=tokens)
         statistics, used = gather(model, blocks), int(blocks.size)
-    layers = layers_of(model, statistics, seed=seed)
+    if criterion.needs_probe:
+        probe = gather(model, random_tokens(model, tokens, seed=seed))
+    layers = layers_of(model, statistics, probe=probe, seed=seed)
     budget = {"n_keep": n_keep} if n_keep is not None else {"share": share}
     return Kept(
         criteria.select(name, layers, **budget),
@@ -404,8 +431,12 @@ def steps(
             for draw in (_random_draws(profile) if method == "random" else [method])
         ]
         yield Step("rivals", f"{name}: {WHOLE} model", lambda c=comparison: c.cell(WHOLE, 1.0))
-        if any(criteria.criterion(method).needs_calibration for method in methods):
-            yield Step("rivals", f"{name}: statistics", lambda c=comparison: c.statistics_record)
+        for text in sorted({text for method in methods if (text := _text(method))}):
+            yield Step(
+                "rivals",
+                f"{name}: statistics of {text} tokens",
+                lambda c=comparison, t=text: c.statistics_record(t),
+            )
         for method in chosen:
             for budget in budgets:
                 yield Step(
@@ -528,6 +559,16 @@ def chance_jaccard(first: int, second: int, experts: int) -> float:
         )
         / total
     )
+
+
+def _text(method: str) -> str | None:
+    """Text that a method reads: calibration, random tokens, or none."""
+    if method == WHOLE:
+        return None
+    criterion = criteria.criterion(method.split()[0])
+    if criterion.needs_calibration:
+        return None if criterion.quoted_only else "calibration"
+    return "random" if criterion.needs_probe else None
 
 
 def _random_draws(profile: Profile) -> list[str]:

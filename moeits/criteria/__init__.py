@@ -47,6 +47,8 @@ class Criterion:
         definition lacks. Empty where nothing is.
     needs_calibration : bool
         Whether it reads statistics of calibration text.
+    needs_probe : bool
+        Whether it reads statistics of random tokens.
     score : callable, optional
         Layer -> importance of its experts (E,); those with the largest stay.
     choose : callable, optional
@@ -62,6 +64,7 @@ class Criterion:
     definition: str
     simplified: str = ""
     needs_calibration: bool = True
+    needs_probe: bool = False
     score: Score | None = None
     choose: Choose | None = None
     change: Callable[[Layer, int], Change] | None = None
@@ -421,6 +424,15 @@ CRITERIA: dict[str, Criterion] = {
         for name, entry in _MOEITS.items()
         if name != "moeits-exclude"  # whose order of removal is that of moeits
     },
+    "random-token-norm": Criterion(
+        "Activation norm on random tokens",
+        "",
+        "Keep the experts whose outputs have the largest sum of norms over the tokens routed to them, where tokens "
+        "are drawn at random from the vocabulary.",
+        needs_calibration=False,
+        needs_probe=True,
+        score=router.random_token_norm,
+    ),
     "mop": Criterion(
         "Mosaic Pruning",
         "hu2026mosaic",

@@ -130,6 +130,8 @@ class Layer:
         Fewest experts with which the layer works.
     calibration : Statistics, optional
         Of calibration text.
+    probe : Statistics, optional
+        Of random tokens.
     seed : int
         Of random choices.
     memory : dict
@@ -142,6 +144,7 @@ class Layer:
     family: str = ""
     minimum: int = 1
     calibration: Statistics | None = None
+    probe: Statistics | None = None
     seed: int = 0
     memory: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 

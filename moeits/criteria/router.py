@@ -1,5 +1,7 @@
 """Scores that are read off the router's weights and the size of the experts' outputs, shape (E,)."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from moeits.criteria.base import Layer
@@ -33,6 +35,19 @@ def activation_norm(layer: Layer) -> np.ndarray:
     doi:10.48550/arXiv.2504.05586.
     """
     return layer.statistics.norms / layer.statistics.tokens
+
+
+def random_token_norm(layer: Layer) -> np.ndarray:
+    """Activation norm on random tokens, which need no text.
+
+    Raises
+    ------
+    ValueError
+        If the layer has no statistics of random tokens.
+    """
+    if layer.probe is None:
+        raise ValueError(f"layer {layer.number}: this criterion needs statistics of random tokens")
+    return activation_norm(replace(layer, calibration=layer.probe))
 
 
 def reap(layer: Layer) -> np.ndarray:

@@ -64,8 +64,35 @@ def gather(
     return {number: gatherer.statistics() for number, gatherer in gatherers.items()}
 
 
+def random_tokens(model: nn.Module, tokens: int, *, length: int = 512, seed: int = 0) -> np.ndarray:
+    """Draw token ids from a model's whole vocabulary, all equally likely.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its configuration says how large the vocabulary is.
+    tokens : int
+        About how many, rounded down to whole blocks, at least one.
+    length : int
+        Tokens per block.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    ndarray of int, shape (blocks, length)
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    shape = (max(tokens // length, 1), length)
+    return np.random.default_rng(seed).integers(0, vocabulary, shape)
+
+
 def layers_of(
-    model: nn.Module, statistics: Mapping[int, Statistics] | None = None, *, seed: int = 0
+    model: nn.Module,
+    statistics: Mapping[int, Statistics] | None = None,
+    *,
+    probe: Mapping[int, Statistics] | None = None,
+    seed: int = 0,
 ) -> dict[int, Layer]:
     """Show a model's layers to criteria.
 
@@ -74,7 +101,9 @@ def layers_of(
     model : torch.nn.Module
         Whole model; the weights are not copied.
     statistics : mapping of int to Statistics, optional
-        From :func:`gather`.
+        Of calibration text, from :func:`gather`.
+    probe : mapping of int to Statistics, optional
+        Of random tokens, from :func:`gather`.
     seed : int
         Of random choices.
 
@@ -91,6 +120,7 @@ def layers_of(
             family=model.config.get_text_config().model_type,
             minimum=layer.minimum,
             calibration=statistics[layer.layer] if statistics else None,
+            probe=probe[layer.layer] if probe else None,
             seed=seed,
         )
         for layer in moe_layers(model)

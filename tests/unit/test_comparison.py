@@ -145,7 +145,7 @@ def test_steps_are_the_profiles_or_those_asked_for(compared):
     labels = [step.label for step in comparison.steps(compared.profile)]
     assert labels == [
         "tiny: whole model",
-        "tiny: statistics",
+        "tiny: statistics of calibration tokens",
         "tiny: random 0, 50%",
         "tiny: random 1, 50%",
         "tiny: reap, 50%",

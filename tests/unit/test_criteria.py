@@ -169,6 +169,15 @@ def test_router_scores_by_hand():
     assert score["reap"] == [0.6, 3.6, 0]
 
 
+def test_the_norm_on_random_tokens_reads_no_text():
+    layer = make_layer(3, norms=np.array([30.0, 40.0, 0.0]))
+    probe = dataclasses.replace(layer.statistics, norms=np.array([0.0, 1.0, 2.0]))
+    layer = dataclasses.replace(layer, probe=probe)
+    assert criteria.select("random-token-norm", {0: layer}, n_keep=2) == {0: (1, 2)}
+    with pytest.raises(ValueError, match="layer 0: this criterion needs statistics of random tokens"):
+        criteria.select("random-token-norm", {0: make_layer()}, n_keep=2)
+
+
 def test_the_weight_product_sums_over_neurons():
     weights = {
         "gate": np.array([[[3.0, 4.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]]),
@@ -462,6 +471,7 @@ def test_the_uniform_form_keeps_the_same_share_of_every_layer():
 def test_every_criterion_keeps_to_the_interface(name):
     entry = criteria.CRITERIA[name]
     layer = make_layer(6)
+    layer = dataclasses.replace(layer, probe=layer.calibration)
     if entry.quoted_only:
         assert "not give" in entry.simplified
         with pytest.raises(ValueError, match="is only quoted"):
@@ -485,7 +495,8 @@ def test_every_criterion_keeps_to_the_interface(name):
 @pytest.mark.parametrize("name", criteria.CRITERIA)
 def test_a_criterion_says_whether_it_needs_calibration(name):
     entry = criteria.CRITERIA[name]
-    layer = dataclasses.replace(make_layer(6), calibration=None)
+    layer = make_layer(6)
+    layer = dataclasses.replace(layer, calibration=None, probe=layer.calibration)
     if entry.quoted_only:
         return
     if entry.needs_calibration:

@@ -6,13 +6,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import EXPERTS, TOP_K, tiny_model, tokens
+from tiny import EXPERTS, TOP_K, VOCABULARY, tiny_model, tokens
 
 from moeits import criteria
 from moeits.criteria.statistics import (
     fit_routing,
     gather,
     layers_of,
+    random_tokens,
     read_statistics,
     write_block,
     write_statistics,
@@ -181,3 +182,12 @@ def test_written_blocks_are_what_the_model_computes_with(family):
         torch.testing.assert_close(model(tokens()).logits, before, rtol=1e-4, atol=1e-5)
     write_block(layer, {name: np.zeros_like(part) for name, part in block.items()})
     assert all((part == 0).all() for part in expert_block(layer).values())
+
+
+def test_random_tokens_come_from_the_whole_vocabulary():
+    model = tiny_model("mixtral")
+    drawn = random_tokens(model, 5000, length=100, seed=1)
+    assert drawn.shape == (50, 100)
+    assert set(np.unique(drawn)) == set(range(VOCABULARY))
+    assert np.array_equal(drawn, random_tokens(model, 5000, length=100, seed=1))
+    assert random_tokens(model, 10, length=20).shape == (1, 20)
