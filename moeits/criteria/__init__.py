@@ -427,8 +427,8 @@ CRITERIA: dict[str, Criterion] = {
     "random-token-norm": Criterion(
         "Activation norm on random tokens",
         "",
-        "Keep the experts whose outputs have the largest sum of norms over the tokens routed to them, where tokens "
-        "are drawn at random from the vocabulary.",
+        "Keep the experts whose outputs have the largest sum of norms over the tokens routed to them, where "
+        "tokens are drawn at random from the vocabulary.",
         needs_calibration=False,
         needs_probe=True,
         score=router.random_token_norm,

@@ -305,8 +305,8 @@ def test_experts_with_near_outputs_are_merged_by_use():
     before = layer.weights
     for name, part in change.block.items():
         average = 0.75 * before[name][0] + 0.25 * before[name][2]
-        assert part[0] == pytest.approx(average)
-        assert part[2] == pytest.approx(average)
+        assert part[0] == pytest.approx(average, abs=1e-6)
+        assert part[2] == pytest.approx(average, abs=1e-6)
         assert np.array_equal(part[1], before[name][1])
     assert change.kept == (0, 1, 2)
     assert change.stored == pytest.approx(2 / 3)
@@ -449,8 +449,8 @@ def test_moeits_is_algorithm_3_on_each_matrix(name, options, diagonal):
     matrices = {number: nmi_matrix(layer.block, **options) for number, layer in layers.items()}
     by_number = criteria.select(name, layers, n_keep=3)
     assert by_number == {number: select_experts(R, n_keep=3).kept for number, R in matrices.items()}
-    by_share = criteria.select(name, layers, share=0.5)
-    _, expected = select_share(matrices, 0.5, diagonal=diagonal)
+    by_share = criteria.select(name, layers, share=0.75)
+    _, expected = select_share(matrices, 0.75, diagonal=diagonal)
     assert by_share == {number: chosen.kept for number, chosen in expected.items()}
 
 
