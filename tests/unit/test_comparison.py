@@ -45,6 +45,7 @@ def compared(folder, tmp_path, monkeypatch):
         random_draws=2,
         seed=3,
         rivals=["random", "reap"],
+        rival_models=["tiny"],
         dtype="float32",
         device="cpu",
     )
