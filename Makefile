@@ -10,7 +10,7 @@ OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test book ablation bench reference clean
+.PHONY: help env lock lint format test book ablation rivals bench reference clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ format: env ## format the code and strip the notebooks' outputs
 
 ablation: env ## measure the whole tau grid of MODEL (all models without it) in PROFILE
 	$(RUN)moeits ablate $(MODEL) --profile $(PROFILE)
+
+rivals: env ## measure all methods at equal budgets in PROFILE
+	$(RUN)moeits rivals --profile $(PROFILE)
 
 bench: env ## time the NMI on layers of the paper's exact shapes
 	$(RUN)python benchmarks/nmi.py

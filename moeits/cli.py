@@ -162,6 +162,40 @@ def ablate(model: str | None, profile: str) -> None:
 
 
 @main.command()
+@click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
+@click.option("--model", "models", multiple=True, help="Of the profile; may be repeated.  [default: all]")
+@click.option("--method", "methods", multiple=True, help="May be repeated.  [default: all that are measured]")
+@click.option(
+    "--budget", "budgets", multiple=True, help="Share to keep, or own.  [default: 0.25, 0.5, 0.75 and own]"
+)
+def rivals(profile: str, models: tuple[str, ...], methods: tuple[str, ...], budgets: tuple[str, ...]) -> None:
+    """Measure all methods at equal budgets. Cells that are measured are remembered."""
+    import time
+
+    from moeits import comparison, criteria, profiles
+
+    settings = profiles.load(profile)
+    everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
+    steps = list(
+        comparison.steps(
+            settings,
+            models=models or list(settings.models),
+            methods=methods or everything,
+            budgets=[own if own == comparison.OWN else float(own) for own in budgets] or comparison.BUDGETS,
+        )
+    )
+    cells = []
+    for number, step in enumerate(steps, start=1):
+        start = time.perf_counter()
+        record = step.do()
+        click.echo(f"[{number:3}/{len(steps)}] {step.label}: {time.perf_counter() - start:.1f} s")
+        if record.step == "rival":
+            cells.append(record)
+    shown = comparison.table(cells).drop(columns="record")
+    click.echo(shown.astype(object).where(shown.notna(), "").to_string(index=False))
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="nmi.npz", show_default=True)
 @click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
@@ -216,7 +250,11 @@ def _numbers(text: str) -> list[int]:
 
 
 @main.command()
-@click.argument("matrices", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--criterion",
+    help="A method of `moeits.criteria`, with a model folder as SOURCE.  [default: the NMI, with an nmi.npz]",
+)
 @click.option("--tau", type=float, help="Intensity: keep little with a small one, much with a large one.")
 @click.option("--n-keep", type=int, help="Experts to keep in every layer.")
 @click.option("--share", type=float, help="Fraction of all routed experts to keep; finds the tau.")
@@ -226,21 +264,53 @@ def _numbers(text: str) -> list[int]:
     type=click.Choice(["zero", "one", "exclude"]),
     help="What the threshold takes for the diagonal.  [default: the preset's, zero]",
 )
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(512),
+    default=8192,
+    show_default=True,
+    help="Tokens of the packaged text, for criteria that need some.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the criterion `random`."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="kept.json to write.")
 def select(
-    matrices: Path,
+    source: Path,
+    criterion: str | None,
     tau: float | None,
     n_keep: int | None,
     share: float | None,
     at_least: int | None,
     diagonal: str | None,
+    calibration_tokens: int,
+    seed: int,
     output: Path | None,
 ) -> None:
-    """Select the experts to keep from MATRICES, an nmi.npz of `moeits nmi`, and say why the others go."""
+    """Select the experts to keep.
+
+    SOURCE is an nmi.npz of `moeits nmi`, from which MoEITS selects and says why the others go; or, with
+    --criterion, the folder of a model.
+    """
     from moeits.nmi import read_matrices
 
+    if criterion is not None:
+        if tau is not None or at_least is not None or diagonal is not None:
+            raise click.UsageError(
+                "--tau, --at-least and --diagonal belong to an nmi.npz, not to --criterion"
+            )
+        from moeits.comparison import select_from_folder
+
+        budget = _budget(n_keep=n_keep, share=share)
+        kept = select_from_folder(source, criterion, tokens=calibration_tokens, seed=seed, **budget)
+        for layer, ids in kept.layers.items():
+            click.echo(f"layer {layer}: keeps {len(ids)} of {kept.num_experts[layer]}: {_short(ids)}")
+        click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all")
+        if output is not None:
+            kept.write(output)
+        return
     budget = _budget(tau=tau, n_keep=n_keep, share=share)
-    layers, made_by = read_matrices(matrices)
+    layers, made_by = read_matrices(source)
     selections, kept = _choose(layers, made_by, budget, at_least, diagonal)
     for layer, selection in selections.items():
         rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
@@ -253,6 +323,10 @@ def select(
     click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all{found}")
     if output is not None:
         kept.write(output)
+
+
+def _short(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))
 
 
 def _budget(**budget: object) -> dict[str, object]:

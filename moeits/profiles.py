@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeits.paths import DATA
 
+Share = Annotated[float, Field(gt=0, lt=1)]
 Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -120,6 +121,14 @@ class Profile(_Strict):
         Examples in the prompt.
     random_draws : int
         Random choices of as many experts as stay at a model's own tau, whose perplexity is the control.
+    rivals : list of str
+        Methods that the book compares, by their names in :data:`moeits.criteria.CRITERIA`.
+    rival_models : list of str, optional
+        Models that they are compared on; all by default.
+    rival_budgets : list of float or "own"
+        Shares of the routed experts to keep; "own" is as many per layer as MoEITS keeps at the model's tau.
+    calibration_tokens : int
+        Tokens of calibration text for the methods that need some.
     heldout_tokens : int, optional
         Tokens of held-out text for the perplexity; None is all.
     healing : Recipe, optional
@@ -151,6 +160,10 @@ class Profile(_Strict):
     questions_at_page_tau: int | None = Field(default=None, ge=1)
     shots: int = Field(default=0, ge=0)
     random_draws: int = Field(default=0, ge=0)
+    rivals: list[str] = Field(default_factory=list)
+    rival_models: list[str] | None = None
+    rival_budgets: list[Share | Literal["own"]] = Field(default_factory=lambda: [0.5])
+    calibration_tokens: int = Field(default=8192, ge=512)
     heldout_tokens: int | None = Field(default=None, ge=512)
     healing: Recipe | None = None
     healed_taus: dict[str, list[Tau]] = Field(default_factory=dict)

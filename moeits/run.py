@@ -23,7 +23,7 @@ import yaml
 from nbformat import NotebookNode
 from pydantic import TypeAdapter, ValidationError
 
-from moeits import pipeline
+from moeits import comparison, pipeline
 from moeits.pages import find_record, make_page
 from moeits.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.profiles import Profile
@@ -435,7 +435,7 @@ def run_profile(
     NotebookError, BookError
         As :func:`run_notebook` and :func:`build_book`.
     """
-    steps = [*pipeline.steps(profile), *_page_steps(profile, book, figures)]
+    steps = [*pipeline.steps(profile), *comparison.steps(profile), *_page_steps(profile, book, figures)]
     steps.append(pipeline.Step("book", "rendering the book", partial(build_book, book)))
     spent: dict[str, float] = {}
     for number, step in enumerate(steps, start=1):

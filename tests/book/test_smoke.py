@@ -44,7 +44,7 @@ def test_the_first_page_shows_the_same_numbers(smoke):
 def test_it_says_where_the_time_went(smoke):
     at = smoke.said.index("where the time went:")
     stages = [line.split()[0] for line in smoke.said[at + 1 :]]
-    assert stages == ["models", "NMI", "scores", "controls", "notebooks", "book", "in"]
+    assert stages == ["models", "NMI", "scores", "controls", "healing", "rivals", "notebooks", "book", "in"]
     assert len([line for line in smoke.said if re.match(r"\[ ?\d+/\d+\]", line)]) == len(smoke.said[:at]) / 2
 
 
@@ -65,6 +65,7 @@ def test_again_with_nothing_changed_measures_nothing(smoke, monkeypatch):
 def test_every_measured_figure_names_its_records(smoke):
     figures = sorted((smoke.source.parent / "figures").rglob("*.json"))
     quoted = {"fig-margins", "tab-paper-qwen", "tab-paper-deepseek", "tab-paper-mixtral", "tab-layouts"}
+    quoted |= {"tab-rivals", "tab-rivals-quoted"}
     assert len(figures) > 20
     for side in map(json.loads, (path.read_text() for path in figures)):
         assert bool(side["records"]) == (side["label"] not in quoted), side["label"]
@@ -73,4 +74,4 @@ def test_every_measured_figure_names_its_records(smoke):
 def test_the_records_of_the_smoke_profile_can_be_read(smoke):
     files = sorted(smoke.records.glob("*.json"))
     assert files
-    assert {read(path).step for path in files} <= {"nmi", "scores"}
+    assert {read(path).step for path in files} <= {"nmi", "scores", "healing", "statistics", "rival"}

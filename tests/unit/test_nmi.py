@@ -19,8 +19,11 @@ from moeits.nmi import (
     auto_bins,
     discretise,
     joint_entropy,
+    match_neurons,
     nmi,
     nmi_matrix,
+    nmi_zscores,
+    null_nmi,
     projection_nmi,
     read_matrices,
     write_matrices,
@@ -335,3 +338,117 @@ def test_examples_in_the_docstrings_hold(module):
     failed, attempted = doctest.testmod(module)
     assert attempted
     assert not failed
+
+
+# Corrections and alignment
+
+
+def random_block(experts=4, neurons=12, width=20, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"gate": (neurons, width), "up": (neurons, width), "down": (width, neurons)}
+    return {key: rng.standard_normal((experts, *shape)).astype(np.float32) for key, shape in shapes.items()}
+
+
+def permuted(block, expert, order):
+    new = {key: part.copy() for key, part in block.items()}
+    for key, part in new.items():
+        part[expert] = part[expert][:, order] if key == "down" else part[expert][order]
+    return new
+
+
+def test_miller_madow_by_hand():
+    weights = {"up": np.array([[[0.0, 0, 1, 1]], [[0.0, 1, 0, 1]], [[0.0, 0, 1, 1]]])}
+    R = nmi_matrix(weights, bins=2, correction="miller-madow")
+    entropy = math.log(2) + 1 / 8
+    assert R[0, 1] == pytest.approx((2 * entropy - math.log(4) - 3 / 8) / entropy)
+    assert R[0, 2] == pytest.approx((2 * entropy - math.log(2) - 1 / 8) / entropy)
+    assert R[0, 2] == pytest.approx(1)
+    assert (R == R.T).all()
+    assert (np.diag(R) == 0).all()
+
+
+def test_corrections_remove_the_bias_of_unrelated_weights():
+    block = random_block(6, 40, 50)
+    upper = np.triu_indices(6, 1)
+    plain = nmi_matrix(block)[upper]
+    assert (plain > 0.01).all()
+    for correction in ("miller-madow", "null"):
+        assert abs(nmi_matrix(block, correction=correction)[upper].mean()) < 0.5 * plain.mean()
+    assert abs(nmi_matrix(block, correction="null")[upper].mean()) < 0.03 * plain.mean()
+
+
+def test_the_null_correction_subtracts_the_mean_of_shuffles():
+    block = random_block()
+    null = null_nmi(block, moeits.nmi.NULL_DRAWS)
+    assert null.shape == (moeits.nmi.NULL_DRAWS, 4, 4)
+    assert np.array_equal(null, null.transpose(0, 2, 1))
+    assert np.unique(null[:, 0, 1]).size == moeits.nmi.NULL_DRAWS
+    np.testing.assert_array_equal(nmi_matrix(block, correction="null"), nmi_matrix(block) - null.mean(0))
+
+
+def test_shuffled_weights_score_as_shuffled_weights_do():
+    x, y = normal(2, 400)
+    block = {"up": np.stack([x[None], y[None]])}
+    shuffled = nmi(x, np.random.default_rng([5, 0, 1]).permutation(y))
+    assert null_nmi(block, 1, seed=5)[0, 0, 1] == pytest.approx(shuffled)
+
+
+def test_z_scores_tell_related_from_unrelated_weights():
+    block = random_block(4, 40, 50)
+    for part in block.values():
+        part[1] = part[0] + 0.5 * part[1]
+    z = nmi_zscores(block, draws=10)
+    assert z[0, 1] > 20
+    others = z[np.triu_indices(4, 1)][1:]
+    assert np.abs(others).max() < 8
+    assert (np.diag(z) == 0).all()
+    with pytest.raises(ValueError, match="2 shuffles or more"):
+        nmi_zscores(block, draws=1)
+
+
+@given(st.permutations(range(12)), st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_aligned_nmi_does_not_depend_on_the_order_of_neurons(order, expert):
+    block = random_block()
+    aligned = nmi_matrix(block, align=True)
+    assert nmi_matrix(permuted(block, expert, list(order)), align=True) == pytest.approx(aligned, abs=1e-12)
+
+
+def test_alignment_finds_a_permuted_copy():
+    block = random_block()
+    near = {key: part.copy() for key, part in block.items()}
+    for part in near.values():
+        part[1] = part[0] + 0.05 * part[1]
+    mixed = permuted(near, 1, np.random.default_rng(0).permutation(12))
+    assert nmi_matrix(mixed, align=True)[0, 1] == pytest.approx(nmi_matrix(near)[0, 1])
+    assert nmi_matrix(mixed)[0, 1] < 0.7 * nmi_matrix(near)[0, 1]
+
+
+def test_neurons_are_matched_in_pairs():
+    first = np.array([[1.0, 0], [0, 1], [1, 1]])
+    assert match_neurons(first, first[[2, 0, 1]]).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("correction", [None, "miller-madow"])
+def test_alignment_reads_every_kind_of_weights(correction):
+    block = {key: torch.from_numpy(part).bfloat16() for key, part in random_block().items()}
+    exact = {key: part.float().numpy() for key, part in block.items()}
+    options = {"align": True, "correction": correction, "bins": 30}
+    assert nmi_matrix(block, **options) == pytest.approx(nmi_matrix(exact, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"correction": "miller"}, "correction is 'miller': choose one of None, 'miller-madow', 'null'"),
+        ({"correction": "null", "align": True}, "not defined with align=True"),
+    ],
+)
+def test_unknown_corrections_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        nmi_matrix(random_block(), **options)
+
+
+def test_only_known_projections_can_be_aligned():
+    with pytest.raises(ValueError, match="knows the neurons of gate, up and down, the block has w1"):
+        nmi_matrix({"w1": random_block()["up"]}, align=True)

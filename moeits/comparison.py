@@ -1,0 +1,606 @@
+"""All methods at equal budgets on the same models and text: quality, cost, and which experts they agree on.
+
+Each cell (model, method, budget) is one record, so that a comparison that was stopped goes on where it was.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moeits import criteria, devices, evaluation, records
+from moeits.paths import CACHE
+from moeits.pipeline import Step, Study
+from moeits.profiles import Profile
+from moeits.records import Record
+from moeits.selection import Kept
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moeits.criteria.base import Layer, Statistics
+
+REFERENCE = "moeits"
+"""The method that all others are paired with."""
+
+WHOLE = "whole"
+
+OWN = "own"
+"""The budget of as many experts in each layer as MoEITS keeps at the model's own tau."""
+
+BUDGETS = (0.25, 0.5, 0.75, OWN)
+
+Budget = float | str
+
+_SOURCES = ("comparison", "evaluation", "corpus", "devices", "families", "surgery", "selection")
+_STATISTICS_SOURCES = ("criteria/base", "criteria/statistics", "corpus", "devices", "families")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods on one model of a profile.
+
+    Attributes
+    ----------
+    profile : Profile
+        The settings.
+    name : str
+        Name of one of its models.
+    """
+
+    profile: Profile
+    name: str
+
+    @cached_property
+    def study(self) -> Study:
+        """The model's study, whose selection at its own tau is one of the budgets."""
+        return Study(self.profile, self.name)
+
+    @property
+    def methods(self) -> list[str]:
+        """Every method that can be measured, a random one for each of the profile's draws."""
+        return [
+            label
+            for name, criterion in criteria.CRITERIA.items()
+            if not criterion.quoted_only
+            for label in (_random_draws(self.profile) if name == "random" else [name])
+        ]
+
+    def statistics(self, text: str) -> "dict[int, Statistics]":
+        """Statistics of the calibration text or of random tokens, gathered once.
+
+        Parameters
+        ----------
+        text : {"calibration", "random"}
+            Which one.
+        """
+        from moeits.criteria.statistics import read_statistics
+
+        if text not in self._known:
+            _ = self.statistics_record(text)
+            if not self._statistics_file(text).exists():
+                self._gather(text)
+            self._known[text] = read_statistics(self._statistics_file(text))[0]
+        return self._known[text]
+
+    def statistics_record(self, text: str) -> Record:
+        """Record of the pass over a text: its tokens, and the seconds it took."""
+        return records.remember(
+            self.study.records,
+            "statistics",
+            self._statistics_inputs(text),
+            lambda: self._gather(text),
+            provenance=self._place,
+        )
+
+    def pass_seconds(self, method: str) -> float:
+        """Seconds of the pass over the text that a method reads; 0 if it reads none."""
+        text = _text(method)
+        return self.statistics_record(text).seconds if text else 0.0
+
+    def cell(self, method: str, budget: Budget) -> Record:
+        """Measure one method at one budget, or find it measured.
+
+        Parameters
+        ----------
+        method : str
+            Name of a criterion, ``"random N"`` for its draw N, or ``"whole"`` for the model as it is.
+        budget : float or "own"
+            Share of the routed experts to keep (1 for the whole model), or as many in each layer as MoEITS
+            keeps at the model's tau.
+
+        Returns
+        -------
+        Record
+            Bits per byte, perplexity, bytes of the routed experts, and the cost of the selection. Where the
+            method cannot meet the budget there are no rows, and ``details["impossible"]`` says why.
+        """
+        return records.remember(
+            self.study.records,
+            "rival",
+            self._inputs(method, budget),
+            lambda: self._measure(method, budget),
+            provenance=self._place,
+        )
+
+    def found(self) -> list[Record]:
+        """Cells of this model, as the settings are now, that were measured before."""
+        known = {path.stem for path in Path(self.study.records).glob("rival-*.json")}
+        asked = [(WHOLE, 1.0), *((method, budget) for method in self.methods for budget in BUDGETS)]
+        return [
+            self.cell(method, budget)
+            for method, budget in asked
+            if f"rival-{records.digest({'step': 'rival', 'inputs': self._inputs(method, budget)})}" in known
+        ]
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Experts that MoEITS keeps in each layer at the model's own tau."""
+        tau = self.profile.model(self.name).tau
+        return {layer: len(chosen.kept) for layer, chosen in self.study.selections(tau).items()}
+
+    @cached_property
+    def _place(self) -> dict[str, Any]:
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        return {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch_size": self.profile.batch_size,
+            "seed": self.profile.seed,
+        }
+
+    def _statistics_inputs(self, text: str) -> dict[str, Any]:
+        return {
+            "text": text,
+            "seed": self.profile.seed if text == "random" else None,
+            "fingerprint": self.study.fingerprint,
+            "calibration_tokens": self.profile.calibration_tokens,
+            "device": self._place["device"],
+            "dtype": self._place["dtype"],
+            "source": records.source_digest(_STATISTICS_SOURCES),
+            "lock": records.lock_digest(),
+        }
+
+    def _statistics_file(self, text: str) -> Path:
+        return CACHE / "statistics" / f"{records.digest(self._statistics_inputs(text))}.npz"
+
+    def _gather(self, text: str) -> tuple[list[dict], dict]:
+        from moeits import corpus
+        from moeits.criteria.statistics import gather, random_tokens, write_statistics
+
+        model, tokens = self._load(), self.profile.calibration_tokens
+        if text == "random":
+            blocks = random_tokens(model, tokens, seed=self.profile.seed)
+        else:
+            blocks = corpus.blocks(text, self._tokenizer, tokens=tokens)
+        found = gather(model, blocks, batch_size=self.profile.batch_size)
+        write_statistics(self._statistics_file(text), found, self._statistics_inputs(text))
+        row = records.row(
+            model=self.name,
+            method="statistics",
+            task=text,
+            metric="tokens",
+            value=int(blocks.size),
+            n=len(blocks),
+            unit="1",
+        )
+        return [row], {}
+
+    @cached_property
+    def _known(self) -> "dict[str, dict[int, Statistics]]":
+        return {}
+
+    def _inputs(self, method: str, budget: Budget) -> dict[str, Any]:
+        inputs = self._place | {
+            "model": self.name,
+            "fingerprint": self.study.fingerprint,
+            "method": method,
+            "budget": budget,
+            "counts": {str(layer): count for layer, count in self.counts.items()} if budget == OWN else None,
+            "heldout_tokens": self.profile.heldout_tokens,
+            "statistics": None,
+            "source": records.source_digest(_SOURCES),
+            "lock": records.lock_digest(),
+        }
+        if method != WHOLE:
+            criterion = criteria.criterion(method.split()[0])
+            inputs["criterion"] = criterion.functions
+            inputs["criterion source"] = records.source_digest(criterion.modules)
+            if text := _text(method):
+                inputs["statistics"] = records.digest(self._statistics_inputs(text))
+        return inputs
+
+    @cached_property
+    def _layers(self) -> "dict[int, Layer]":
+        from moeits.criteria.statistics import layers_of
+
+        return layers_of(self._load())
+
+    def _load(self) -> "nn.Module":
+        from moeits.surgery import load_model
+
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        # On a CPU transformers' grouped matrix product is slower than its plain loop over the experts.
+        options = {"experts_implementation": "eager"} if device.type == "cpu" else {}
+        return load_model(self.study.folder, dtype=dtype, **options).to(device)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.study.folder)
+
+    def _measure(self, method: str, budget: Budget) -> tuple[list[dict], dict]:
+        from moeits.criteria.statistics import write_block
+        from moeits.families import moe_layers
+        from moeits.surgery import prune_model
+
+        cost, kept, blocks, stored = {}, None, {}, 1.0
+        if method != WHOLE:
+            name, _, draw = method.partition(" ")
+            criterion = criteria.criterion(name)
+            text = _text(method)
+            statistics = self.statistics(text) if text else None
+            place = "probe" if text == "random" else "calibration"
+            layers = {
+                number: replace(
+                    layer,
+                    seed=int(draw or 0) + self.profile.seed,
+                    memory={},
+                    **{place: statistics and statistics[number]},
+                )
+                for number, layer in self._layers.items()
+            }
+            _reset_peak()
+            start = time.perf_counter()
+            try:
+                budgets = {"counts": self.counts} if budget == OWN else {"share": budget}
+                counts = criteria.counts_for(name, layers, **budgets)
+                if criterion.change is None:
+                    kept = {number: criterion.keep(layer, counts[number]) for number, layer in layers.items()}
+                    stored = sum(map(len, kept.values())) / sum(layer.experts for layer in layers.values())
+                else:
+                    changes = {
+                        number: criterion.apply(layer, counts[number]) for number, layer in layers.items()
+                    }
+                    kept = {number: change.kept for number, change in changes.items()}
+                    blocks = {number: change.block for number, change in changes.items()}
+                    experts = [layers[number].experts for number in changes]
+                    stored = float(
+                        np.average([change.stored for change in changes.values()], weights=experts)
+                    )
+            except ValueError as error:
+                return [], {"impossible": str(error)}
+            cost = {
+                "selection seconds": (time.perf_counter() - start, "s"),
+                "selection memory": (records.peak_memory(), "bytes"),
+                "calibration tokens": (self.profile.calibration_tokens if text == "calibration" else 0, "1"),
+            }
+        model = self._load()
+        if blocks:
+            for layer in moe_layers(model):
+                write_block(layer, blocks[layer.layer])
+        if kept:
+            prune_model(model, kept)
+        nats, tokens, size = self._heldout(model)
+        del model
+        gc.collect()
+        bits = evaluation.ratio(np.array(nats) / math.log(2), size)
+        mean = evaluation.ratio(nats, tokens)
+        perplexity = math.exp(mean[0])
+        rows = [
+            {"metric": "bits per byte", "value": bits[0], "stderr": bits[1], "unit": "bits"},
+            {
+                "metric": "perplexity",
+                "value": perplexity,
+                "stderr": perplexity * mean[1],
+                "unit": "1",
+            },
+        ]
+        rows = [row | {"n": len(nats), "higher_is_better": False} for row in rows]
+        rows += [{"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in cost.items()]
+        common = {
+            "model": self.name,
+            "method": method,
+            "kept_share": stored,
+            "task": "heldout",
+            "variant": label(budget),
+        }
+        details = {
+            "nats": nats,
+            "bytes": size,
+            "kept": kept and {str(layer): list(ids) for layer, ids in kept.items()},
+            "experts": {str(number): layer.experts for number, layer in self._layers.items()},
+        }
+        return [records.row(**common, **row) for row in rows], details
+
+    def _heldout(self, model: "nn.Module") -> tuple[list[float], list[int], list[int]]:
+        """Negative log-likelihood, predicted tokens and their bytes of every block of the held-out text."""
+        from moeits import corpus
+
+        blocks = corpus.blocks("heldout", self._tokenizer, tokens=self.profile.heldout_tokens)
+        tokens = [len(block) - 1 for block in blocks]
+        nats = [
+            math.log(evaluation.perplexity(model, block[None])["value"]) * count
+            for block, count in zip(blocks, tokens, strict=True)
+        ]
+        texts = [self._tokenizer.decode(block[1:], clean_up_tokenization_spaces=False) for block in blocks]
+        return nats, tokens, [len(text.encode()) for text in texts]
+
+
+def select_from_folder(
+    folder: str | Path,
+    name: str,
+    *,
+    tokens: int = 8192,
+    seed: int = 0,
+    n_keep: int | None = None,
+    share: float | None = None,
+) -> Kept:
+    """Choose the experts of a checkpoint that stay, by any criterion.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a model, with its tokenizer where the criterion needs calibration text.
+    name : str
+        A criterion.
+    tokens : int
+        Tokens of the packaged calibration text.
+    seed : int
+        Of random choices.
+    n_keep, share
+        The budget, one of them.
+
+    Returns
+    -------
+    Kept
+        What ``kept.json`` holds.
+
+    Raises
+    ------
+    ValueError
+        See :func:`moeits.criteria.select`.
+    """
+    from transformers import AutoTokenizer
+
+    from moeits import corpus
+    from moeits.checkpoint import fingerprint
+    from moeits.criteria.statistics import gather, layers_of, random_tokens
+    from moeits.surgery import load_model
+
+    criterion = criteria.criterion(name)
+    if criterion.score is None and criterion.choose is None:
+        raise ValueError(f"{criterion.title} chooses no experts: nothing to write into a kept.json")
+    model = load_model(folder)
+    statistics, probe, used = None, None, 0
+    if criterion.needs_calibration:
+        blocks = corpus.blocks("calibration", AutoTokenizer.from_pretrained(folder), tokens=tokens)
+        statistics, used = gather(model, blocks), int(blocks.size)
+    if criterion.needs_probe:
+        probe = gather(model, random_tokens(model, tokens, seed=seed))
+    layers = layers_of(model, statistics, probe=probe, seed=seed)
+    budget = {"n_keep": n_keep} if n_keep is not None else {"share": share}
+    return Kept(
+        criteria.select(name, layers, **budget),
+        {number: layer.experts for number, layer in layers.items()},
+        model=Path(folder).name,
+        fingerprint=fingerprint(folder),
+        criterion=name,
+        budget={**budget, "calibration_tokens": used, "seed": seed},
+    )
+
+
+def label(budget: Budget) -> str:
+    """Name a budget in records and tables."""
+    return budget if isinstance(budget, str) else f"{budget:.0%}"
+
+
+def steps(
+    profile: Profile,
+    *,
+    models: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] | None = None,
+) -> Iterator[Step]:
+    """List the measurements of a comparison, in order.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    models, methods, budgets : sequence, optional
+        The profile's by default.
+    """
+    methods = profile.rivals if methods is None else methods
+    budgets = profile.rival_budgets if budgets is None else budgets
+    for name in (profile.rival_models or profile.models) if models is None else models:
+        comparison = Comparison(profile, name)
+        chosen = [
+            draw
+            for method in methods
+            for draw in (_random_draws(profile) if method == "random" else [method])
+        ]
+        yield Step("rivals", f"{name}: {WHOLE} model", lambda c=comparison: c.cell(WHOLE, 1.0))
+        for text in sorted({text for method in methods if (text := _text(method))}):
+            yield Step(
+                "rivals",
+                f"{name}: statistics of {text} tokens",
+                lambda c=comparison, t=text: c.statistics_record(t),
+            )
+        for method in chosen:
+            for budget in budgets:
+                yield Step(
+                    "rivals",
+                    f"{name}: {method}, {label(budget)}",
+                    lambda c=comparison, m=method, b=budget: c.cell(m, b),
+                )
+
+
+def table(cells: Iterable[Record]) -> pd.DataFrame:
+    """Tabulate cells, each paired with MoEITS at the same budget, block by block.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+
+    Returns
+    -------
+    DataFrame
+        One row per cell: model, method, budget, stored (share of the routed experts' bytes), bits per byte
+        with stderr, difference to MoEITS with its own stderr, perplexity, seconds and memory of the
+        selection, calibration tokens, impossible (why there is no number).
+    """
+    cells = list(cells)
+    by_key = {
+        (cell.inputs["model"], cell.inputs["method"], label(cell.inputs["budget"])): cell for cell in cells
+    }
+    lines = []
+    for (model, method, budget), cell in by_key.items():
+        line = {"model": model, "method": method, "budget": budget, "record": cell.id}
+        line["impossible"] = cell.details.get("impossible")
+        values = {row["metric"]: row for row in cell.rows}
+        if values:
+            line |= {
+                "stored": values["perplexity"]["kept_share"],
+                "bits per byte": values["bits per byte"]["value"],
+                "stderr": values["bits per byte"]["stderr"],
+                "perplexity": values["perplexity"]["value"],
+            }
+            for metric in ("selection seconds", "selection memory", "calibration tokens"):
+                line[metric] = values[metric]["value"] if metric in values else None
+            other = by_key.get((model, REFERENCE, budget))
+            if other is not None and other.rows and method != REFERENCE:
+                line["difference"], line["difference stderr"] = paired(cell, other)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def paired(cell: Record, other: Record) -> tuple[float, float]:
+    """Difference of two cells in bits per byte, and its standard error over the blocks of the same text."""
+    if cell.details["bytes"] != other.details["bytes"]:
+        raise ValueError("the two cells were not measured on the same text")
+    bits = (np.array(cell.details["nats"]) - np.array(other.details["nats"])) / math.log(2)
+    return evaluation.ratio(bits, cell.details["bytes"])
+
+
+def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
+    """Compare which experts the methods keep, in pairs, at the same model and budget.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`Comparison.cell`; those that remove no expert are left out.
+
+    Returns
+    -------
+    DataFrame
+        model, budget, first, second, jaccard (mean over layers), chance (of random sets).
+    """
+    sets: dict[tuple[str, str], dict[str, Record]] = {}
+    for cell in cells:
+        kept = cell.details.get("kept")
+        if kept and any(len(ids) < cell.details["experts"][layer] for layer, ids in kept.items()):
+            sets.setdefault((cell.inputs["model"], label(cell.inputs["budget"])), {})[
+                cell.inputs["method"]
+            ] = cell
+    lines = []
+    for (model, budget), members in sets.items():
+        for (first, a), (second, b) in combinations(members.items(), 2):
+            mine, theirs, experts = a.details["kept"], b.details["kept"], a.details["experts"]
+            lines.append(
+                {
+                    "model": model,
+                    "budget": budget,
+                    "first": first,
+                    "second": second,
+                    "jaccard": float(np.mean([jaccard(mine[layer], theirs[layer]) for layer in mine])),
+                    "chance": float(
+                        np.mean(
+                            [
+                                chance_jaccard(len(mine[layer]), len(theirs[layer]), experts[layer])
+                                for layer in mine
+                            ]
+                        )
+                    ),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def jaccard(first: Sequence[int], second: Sequence[int]) -> float:
+    """Experts in both sets over experts in either."""
+    return len(set(first) & set(second)) / len(set(first) | set(second))
+
+
+def chance_jaccard(first: int, second: int, experts: int) -> float:
+    """Mean Jaccard overlap of two independent random sets of given sizes out of `experts`.
+
+    The number in both is hypergeometric.
+    """
+    total = math.comb(experts, second)
+    return (
+        sum(
+            both
+            / (first + second - both)
+            * math.comb(first, both)
+            * math.comb(experts - first, second - both)
+            for both in range(max(0, first + second - experts), min(first, second) + 1)
+        )
+        / total
+    )
+
+
+def _text(method: str) -> str | None:
+    """Text that a method reads: calibration, random tokens, or none."""
+    if method == WHOLE:
+        return None
+    criterion = criteria.criterion(method.split()[0])
+    if criterion.needs_calibration:
+        return None if criterion.quoted_only else "calibration"
+    return "random" if criterion.needs_probe else None
+
+
+def _random_draws(profile: Profile) -> list[str]:
+    return [f"random {draw}" for draw in range(max(profile.random_draws, 1))]
+
+
+def _reset_peak() -> None:
+    """Start the count of the largest resident memory anew, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def describe(names: Iterable[str] | Mapping[str, object] = criteria.CRITERIA) -> pd.DataFrame:
+    """Tabulate the methods: title, citation, definition, calibration, what is simplified."""
+    lines = []
+    for name in names:
+        entry = criteria.criterion(name)
+        lines.append(
+            {
+                "name": name,
+                "method": entry.title,
+                "citation": entry.citation,
+                "definition": entry.definition,
+                "calibration": entry.needs_calibration,
+                "simplified": entry.simplified,
+                "kind": (
+                    "quoted only"
+                    if entry.quoted_only
+                    else "changes weights"
+                    if entry.change
+                    else "keeps experts"
+                ),
+            }
+        )
+    return pd.DataFrame(lines)

@@ -1,0 +1,451 @@
+"""What other methods would keep: each behind one interface, from a layer's weights and statistics.
+
+A criterion chooses the experts of a layer that stay, or changes the weights of the layer, and says how a
+share of all experts is spread over the layers. Statistics come from :mod:`moeits.criteria.statistics`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from moeits.criteria import (
+    clusters,
+    compression,
+    controls,
+    information,
+    recombination,
+    reconstruction,
+    router,
+)
+from moeits.criteria.base import Change, Choose, Layer, Score, Spread, across_layers, best, uniform
+
+# What the modules of criteria import from elsewhere in the package.
+_IMPORTS = {
+    "criteria/clusters": ("nmi",),
+    "criteria/controls": ("criteria/reconstruction",),
+    "criteria/information": ("nmi", "selection"),
+    "criteria/recombination": ("criteria/router",),
+}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One method.
+
+    Attributes
+    ----------
+    title : str
+        Name in prose.
+    citation : str
+        Key in the bibliography; empty for what has no source.
+    definition : str
+        What it keeps, in one sentence.
+    simplified : str
+        What is done more simply here than in the source; of a method that is only quoted, what its
+        definition lacks. Empty where nothing is.
+    needs_calibration : bool
+        Whether it reads statistics of calibration text.
+    needs_probe : bool
+        Whether it reads statistics of random tokens.
+    score : callable, optional
+        Layer -> importance of its experts (E,); those with the largest stay.
+    choose : callable, optional
+        Layer, number -> experts to keep.
+    change : callable, optional
+        Layer, number -> new weights, in about the bytes of that number of experts.
+    spread : callable
+        Layers, share -> number of experts to keep in each.
+    """
+
+    title: str
+    citation: str
+    definition: str
+    simplified: str = ""
+    needs_calibration: bool = True
+    needs_probe: bool = False
+    score: Score | None = None
+    choose: Choose | None = None
+    change: Callable[[Layer, int], Change] | None = None
+    spread: Spread = uniform
+
+    @property
+    def quoted_only(self) -> bool:
+        """Whether the method's definition is not complete enough to measure it."""
+        return self.score is None and self.choose is None and self.change is None
+
+    @property
+    def modules(self) -> list[str]:
+        """Modules below ``moeits`` whose source the choice depends on."""
+        own = {
+            getattr(part, "func", part).__module__.removeprefix("moeits.").replace(".", "/")
+            for part in (self.score, self.choose, self.change, self.spread)
+            if part is not None
+        }
+        needed = {module for name in own for module in _IMPORTS.get(name, ())}
+        return sorted({"criteria/base", *own, *needed})
+
+    @property
+    def functions(self) -> list[object]:
+        """Names and options of what computes the choice, as JSON can write them."""
+        return [_named(part) for part in (self.score, self.choose, self.change, self.spread)]
+
+    def keep(self, layer: Layer, n_keep: int) -> tuple[int, ...]:
+        """Choose `n_keep` experts of a layer.
+
+        Raises
+        ------
+        ValueError
+            If the number is out of range, statistics are missing, or the method chooses no experts.
+        """
+        _check_number(layer, n_keep)
+        if self.choose is not None:
+            return tuple(self.choose(layer, n_keep))
+        if self.score is not None:
+            scores = np.asarray(self.score(layer))
+            if not np.isfinite(scores).all():
+                raise ValueError(f"layer {layer.number}: {self.title} gives scores that are not finite")
+            return best(scores, n_keep)
+        what = "is only quoted" if self.quoted_only else "changes weights instead of choosing experts"
+        raise ValueError(f"{self.title} {what}")
+
+    def apply(self, layer: Layer, n_keep: int) -> Change:
+        """Compute new weights of a layer, in about the bytes of `n_keep` experts.
+
+        Raises
+        ------
+        ValueError
+            If the number is out of range, statistics are missing, or the method changes no weights.
+        """
+        _check_number(layer, n_keep)
+        if self.change is None:
+            raise ValueError(f"{self.title} changes no weights")
+        return self.change(layer, n_keep)
+
+
+def _named(part: object) -> object:
+    if isinstance(part, partial):
+        return [_named(part.func), {key: _named(value) for key, value in part.keywords.items()}]
+    return f"{part.__module__}.{part.__qualname__}" if callable(part) else part
+
+
+def _check_number(layer: Layer, n_keep: int) -> None:
+    if not layer.minimum <= n_keep <= layer.experts:
+        raise ValueError(
+            f"layer {layer.number}: cannot keep {n_keep} of {layer.experts} experts, at least {layer.minimum}"
+        )
+
+
+def criterion(name: str) -> Criterion:
+    """Look up a criterion.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    if name not in CRITERIA:
+        raise ValueError(f"no criterion {name!r}: there are {', '.join(CRITERIA)}")
+    return CRITERIA[name]
+
+
+def counts_for(
+    name: str,
+    layers: Mapping[int, Layer],
+    *,
+    n_keep: int | None = None,
+    share: float | None = None,
+    counts: Mapping[int, int] | None = None,
+) -> dict[int, int]:
+    """Count the experts that stay in each layer.
+
+    Parameters
+    ----------
+    name : str
+        A criterion.
+    layers : mapping of int to Layer
+        All layers of a model.
+    n_keep : int, optional
+        The same number in every layer.
+    share : float, optional
+        Share of all experts, spread as the criterion does.
+    counts : mapping of int to int, optional
+        The numbers themselves, for every layer.
+
+    Returns
+    -------
+    dict of int to int
+        By layer.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one budget is given, a share is not in (0, 1], or `counts` leaves a layer out.
+    """
+    if sum(given is not None for given in (n_keep, share, counts)) != 1:
+        raise ValueError("give exactly one of n_keep, share and counts")
+    if n_keep is not None:
+        return dict.fromkeys(layers, n_keep)
+    if counts is not None:
+        if set(counts) != set(layers):
+            raise ValueError(f"counts are given for layers {sorted(counts)}, the model has {sorted(layers)}")
+        return dict(counts)
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
+    return criterion(name).spread(layers, share)
+
+
+def select(
+    name: str,
+    layers: Mapping[int, Layer],
+    *,
+    n_keep: int | None = None,
+    share: float | None = None,
+    counts: Mapping[int, int] | None = None,
+) -> dict[int, tuple[int, ...]]:
+    """Choose the experts of every layer that stay.
+
+    Parameters
+    ----------
+    name, layers, n_keep, share, counts
+        As in :func:`counts_for`.
+
+    Returns
+    -------
+    dict of int to tuple of int
+        Kept experts by layer, ascending.
+
+    Raises
+    ------
+    ValueError
+        See :func:`counts_for` and :meth:`Criterion.keep`.
+    """
+    chosen = counts_for(name, layers, n_keep=n_keep, share=share, counts=counts)
+    return {number: criterion(name).keep(layer, chosen[number]) for number, layer in layers.items()}
+
+
+def _moeits(title: str, definition: str, *, diagonal: str = "zero", **options: object) -> Criterion:
+    return Criterion(
+        title,
+        "balderas2026moeits",
+        definition,
+        needs_calibration=False,
+        choose=partial(information.moeits, **options),
+        spread=partial(information.by_one_tau, diagonal=diagonal, **options),
+    )
+
+
+_RANKED = {
+    "frequency": Criterion(
+        "Frequency",
+        "muzio2024seermoe",
+        "Keep the experts that most tokens are routed to.",
+        "Counted once, without the source's fine-tuning.",
+        score=router.frequency,
+    ),
+    "router-weight": Criterion(
+        "Router weight",
+        "muzio2024seermoe",
+        "Keep the experts with the largest mean router weight over all tokens.",
+        "Counted once, without the source's fine-tuning.",
+        score=router.router_weight,
+    ),
+    "activation-norm": Criterion(
+        "Activation norm (EAN)",
+        "jaiswal2025experts",
+        "Keep the experts whose outputs have the largest sum of norms over the tokens routed to them.",
+        "One shot, where the source also prunes and estimates in turns.",
+        score=router.activation_norm,
+    ),
+    "reap": Criterion(
+        "REAP",
+        "lasby2025reap",
+        "Keep the experts with the largest mean, over the tokens routed to them, of router weight times norm "
+        "of the output.",
+        score=router.reap,
+    ),
+    "weight-product": Criterion(
+        "Weight product",
+        "",
+        "Keep the experts whose neurons have the largest sum of the product of the norms of their gate, up "
+        "and down weights.",
+        needs_calibration=False,
+        score=information.weight_product,
+    ),
+}
+
+_MOEITS = {
+    "moeits": _moeits(
+        "MoEITS", "Algorithm 3 on the plain mean of the projections' NMI, with the diagonal at 0."
+    ),
+    "moeits-official": _moeits(
+        "MoEITS, official weights",
+        "The same with the projection weights of the authors' code, where it has some for the family.",
+        preset="official",
+    ),
+    "moeits-exclude": _moeits(
+        "MoEITS, no diagonal",
+        "The same with mean and IQR over all entries off the diagonal.",
+        diagonal="exclude",
+    ),
+    "moeits-miller-madow": _moeits(
+        "MoEITS, Miller-Madow",
+        "The same with entropies corrected for their bias by Miller and Madow.",
+        correction="miller-madow",
+    ),
+    "moeits-null": _moeits(
+        "MoEITS, less null",
+        "The same with the NMI of shuffled weights subtracted from every pair's.",
+        correction="null",
+    ),
+    "moeits-aligned": _moeits(
+        "MoEITS, aligned",
+        "The same with hidden neurons of every pair matched before their NMI is measured.",
+        align=True,
+    ),
+}
+
+CRITERIA: dict[str, Criterion] = {
+    "random": Criterion(
+        "Random",
+        "",
+        "Keep experts drawn at random.",
+        needs_calibration=False,
+        choose=controls.random,
+    ),
+    "first": Criterion(
+        "First",
+        "",
+        "Keep the experts with the smallest numbers.",
+        needs_calibration=False,
+        score=controls.first,
+    ),
+    "oracle": Criterion(
+        "Oracle",
+        "",
+        "Keep the subset with the least error of the layer's output on sampled tokens, of all "
+        "subsets there are.",
+        "The loss is that of the layer, not of the model; only where a layer has few enough subsets.",
+        choose=controls.oracle,
+    ),
+    **_RANKED,
+    **{
+        f"{name}-global": replace(
+            entry,
+            title=f"{entry.title}, global",
+            definition=f"{entry.definition} All layers compete for one budget.",
+            spread=partial(across_layers, score=entry.score),
+        )
+        for name, entry in _RANKED.items()
+    },
+    "lu": Criterion(
+        "Lu et al.",
+        "lu2024naee",
+        "Keep the subset with the least error of the layer's output on sampled tokens, each token "
+        "routed anew.",
+        f"All subsets are tried up to {reconstruction.SUBSETS:,}; above, experts go one by one.",
+        choose=reconstruction.lu,
+    ),
+    "moe-i2": Criterion(
+        "MoE-I², experts",
+        "yang2024moei2",
+        "Give every layer experts in proportion to the damage that the loss of single experts does to it, "
+        "then keep the subset with the least error of the layer's output.",
+        "Damage is the error of the layer's output, not the model's loss; Lu et al.'s search replaces the "
+        "genetic one; no search over blocks of layers, no fine-tuning.",
+        choose=reconstruction.lu,
+        spread=reconstruction.by_layer_importance,
+    ),
+    "moe-i2-low-rank": Criterion(
+        "MoE-I², low rank",
+        "yang2024moei2",
+        "Replace every matrix of an expert by its best approximation of low rank.",
+        "The same rank for all experts; no fine-tuning.",
+        needs_calibration=False,
+        change=compression.low_rank,
+    ),
+    "stun": Criterion(
+        "STUN, experts",
+        "lee2025stun",
+        "Group experts by similar router rows and co-activation, and keep of each group the one "
+        "nearest to its mean.",
+        "The two similarities count equally, and groups are made by average linkage for an exact number; the "
+        "unstructured second stage and the reconstruction of small groups are left out.",
+        choose=clusters.stun,
+    ),
+    "dern": Criterion(
+        "DERN",
+        "zhou2025dern",
+        "Drop the experts with the least router weight; every neuron of theirs joins the most "
+        "similar kept neuron.",
+        "One assignment to the nearest kept neuron above a cosine of "
+        f"{recombination.SIMILAR:g} replaces the clustering inside each kept expert.",
+        change=recombination.dern,
+    ),
+    "hc-smoe": Criterion(
+        "HC-SMoE",
+        "chen2024hcsmoe",
+        "Group experts with similar mean outputs by average linkage, and merge each group, weighted by use.",
+        "Mean outputs are over sampled tokens.",
+        change=clusters.hc_smoe,
+    ),
+    "m-smoe": Criterion(
+        "M-SMoE",
+        "li2023merge",
+        "Let the most used experts lead groups, which the others join by similar router logits; align the "
+        "neurons and merge each group, weighted by use.",
+        "The same number of groups in each layer; no knowledge distillation, no low-rank stage.",
+        change=clusters.m_smoe,
+    ),
+    "moe-pruner": Criterion(
+        "MoE-Pruner",
+        "xie2024moepruner",
+        "Zero in every row the weights with the least magnitude times norm of the router-weighted input.",
+        "No distillation; a bit per weight is counted for the mask.",
+        change=compression.moe_pruner,
+    ),
+    "mc-moe": Criterion(
+        "MC-MoE",
+        "huang2025mcmoe",
+        "Store every expert in as many bits as its use and its router weight deserve.",
+        "Rounding to nearest replaces GPTQ, a greedy allocation the integer program; experts are not skipped "
+        "while generating.",
+        change=compression.mc_moe,
+    ),
+    **_MOEITS,
+    **{
+        f"{name}-uniform": replace(
+            entry,
+            title=f"{entry.title}, uniform",
+            definition=f"{entry.definition} Every layer keeps the same share.",
+            spread=uniform,
+        )
+        for name, entry in _MOEITS.items()
+        if name != "moeits-exclude"  # whose order of removal is that of moeits
+    },
+    "random-token-norm": Criterion(
+        "Activation norm on random tokens",
+        "",
+        "Keep the experts whose outputs have the largest sum of norms over the tokens routed to them, where "
+        "tokens are drawn at random from the vocabulary.",
+        needs_calibration=False,
+        needs_probe=True,
+        score=router.random_token_norm,
+    ),
+    "mop": Criterion(
+        "Mosaic Pruning",
+        "hu2026mosaic",
+        "Cluster experts by what they do on several domains, and keep one of each cluster.",
+        "Quoted only: the text at hand does not give the similarity over domains, the domains' texts, or the "
+        "formula of the score that picks an expert.",
+    ),
+    "c-gnn-prune": Criterion(
+        "C-GNN-Prune",
+        "li2026cgnn",
+        "Score experts with a graph neural network on the graph of their relations.",
+        "Quoted only: the text at hand does not give the graph's features, the network, or what it "
+        "is trained on.",
+    ),
+}
+"""Every method by name."""

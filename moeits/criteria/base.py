@@ -1,0 +1,326 @@
+"""What a criterion takes and gives: weights and statistics of a layer in, kept experts out. Arrays only."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+SCORES = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router turns logits into the weights of experts.
+
+    Attributes
+    ----------
+    scores : {"softmax", "sigmoid"}
+        Function of the logits.
+    top_k : int
+        Experts per token.
+    normalised : bool
+        Whether the weights of the chosen experts are divided by their sum.
+    scale : float
+        Factor on the weights.
+    bias : ndarray, shape (E,)
+        Added to the scores for the choice of experts, not for their weights.
+    """
+
+    scores: str
+    top_k: int
+    normalised: bool
+    scale: float
+    bias: np.ndarray
+
+    def gates(self, logits: np.ndarray, kept: Sequence[int] | None = None) -> np.ndarray:
+        """Weights of the experts when only some of them are left.
+
+        Parameters
+        ----------
+        logits : ndarray, shape (n, E)
+            Of the whole router.
+        kept : sequence of int, optional
+            Experts that are left; all by default.
+
+        Returns
+        -------
+        ndarray, shape (n, E)
+            Zero for experts that a token does not use.
+        """
+        ids = np.arange(logits.shape[1]) if kept is None else np.asarray(kept)
+        left = logits[:, ids]
+        if self.scores == "softmax":
+            scores = np.exp(left - left.max(axis=1, keepdims=True))
+            scores /= scores.sum(axis=1, keepdims=True)
+        else:
+            scores = 1 / (1 + np.exp(-left))
+        top_k = min(self.top_k, len(ids))
+        chosen = np.argsort(-(scores + self.bias[ids]), axis=1, kind="stable")[:, :top_k]
+        weights = np.take_along_axis(scores, chosen, axis=1)
+        if self.normalised:
+            weights = weights / weights.sum(axis=1, keepdims=True)
+        gates = np.zeros(logits.shape)
+        np.put_along_axis(gates, ids[chosen], self.scale * weights, axis=1)
+        return gates
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over calibration text tells about a layer of E experts, width d, m neurons per expert.
+
+    Sums run over all tokens; the sample is spread evenly over them.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens of the text.
+    counts : ndarray, shape (E,)
+        Tokens that use the expert.
+    weights : ndarray, shape (E,)
+        Sum of the router's weights.
+    norms, weighted_norms : ndarray, shape (E,)
+        Sum of the norm of its output, and of weight times norm, over the tokens that use the expert.
+    coactivation : ndarray, shape (E, E)
+        Tokens that use both experts; the diagonal is `counts`.
+    inputs_squared : ndarray, shape (E, d)
+        Sum of (weight x input)^2 over the tokens that use the expert.
+    neurons_squared : ndarray, shape (E, m)
+        The same of its hidden neurons.
+    logits, gates : ndarray, shape (n, E)
+        Of n sampled tokens: the router's logits, and the weights that the experts' outputs were summed with.
+    gram : ndarray, shape (n, E, E)
+        Of the sampled tokens: inner products of the outputs of all experts.
+    mean_outputs : ndarray, shape (E, d)
+        Mean output of every expert over the sampled tokens.
+    routing : Routing or None
+        The rule that gives `gates` from `logits`; None if no known one does.
+    """
+
+    tokens: int
+    counts: np.ndarray
+    weights: np.ndarray
+    norms: np.ndarray
+    weighted_norms: np.ndarray
+    coactivation: np.ndarray
+    inputs_squared: np.ndarray
+    neurons_squared: np.ndarray
+    logits: np.ndarray
+    gates: np.ndarray
+    gram: np.ndarray
+    mean_outputs: np.ndarray
+    routing: Routing | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Mixture-of-Experts layer, as criteria see it.
+
+    Attributes
+    ----------
+    number : int
+        Number of the decoder layer.
+    block : mapping of str to array or tensor
+        ``gate`` (E, m, d), ``up`` (E, m, d), ``down`` (E, d, m).
+    router : ndarray, shape (E, d)
+        Rows of the router.
+    family : str
+        The model's ``model_type``.
+    minimum : int
+        Fewest experts with which the layer works.
+    calibration : Statistics, optional
+        Of calibration text.
+    probe : Statistics, optional
+        Of random tokens.
+    seed : int
+        Of random choices.
+    memory : dict
+        What :meth:`once` has computed.
+    """
+
+    number: int
+    block: Mapping[str, object]
+    router: np.ndarray
+    family: str = ""
+    minimum: int = 1
+    calibration: Statistics | None = None
+    probe: Statistics | None = None
+    seed: int = 0
+    memory: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def experts(self) -> int:
+        """Number of routed experts."""
+        return len(self.block["down"])
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of calibration text.
+
+        Raises
+        ------
+        ValueError
+            If none were gathered.
+        """
+        if self.calibration is None:
+            raise ValueError(f"layer {self.number}: this criterion needs statistics of calibration text")
+        return self.calibration
+
+    @property
+    def routing(self) -> Routing:
+        """Rule of the router.
+
+        Raises
+        ------
+        ValueError
+            If it is not known, so that nobody can say how tokens are routed when experts are gone.
+        """
+        if self.statistics.routing is None:
+            raise ValueError(
+                f"layer {self.number}: the router of this {self.family!r} model is not a top-k of softmax or "
+                "sigmoid scores over one group of experts, so its choice among fewer experts is not known"
+            )
+        return self.statistics.routing
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Weights of all experts in float32, copied: gate (E, m, d), up (E, m, d), down (E, d, m)."""
+        return {
+            name: np.array(part.float().cpu().numpy() if hasattr(part, "cpu") else part, dtype=np.float32)
+            for name, part in self.block.items()
+        }
+
+    @property
+    def neurons(self) -> np.ndarray:
+        """Weights by neuron, (E, m, 3d): its row of gate, its row of up, its column of down."""
+        weights = self.weights
+        rows = [weights[name] for name in ("gate", "up") if name in weights]
+        return np.concatenate([*rows, weights["down"].transpose(0, 2, 1)], axis=2)
+
+    def once(self, key: Hashable, compute: Callable[["Layer"], object]) -> object:
+        """Compute something that several budgets share, and remember it."""
+        if key not in self.memory:
+            self.memory[key] = compute(self)
+        return self.memory[key]
+
+
+class Change(NamedTuple):
+    """New weights of a layer.
+
+    Attributes
+    ----------
+    block : dict of str to ndarray
+        As :attr:`Layer.weights`, for all E experts.
+    kept : tuple of int
+        Experts that stay after that; all of them where the method removes none.
+    stored : float
+        Bytes that the routed experts then take, as a share of all their weights in 16 bits.
+    """
+
+    block: dict[str, np.ndarray]
+    kept: tuple[int, ...]
+    stored: float
+
+
+Score = Callable[[Layer], np.ndarray]
+Choose = Callable[[Layer, int], Sequence[int]]
+Spread = Callable[[Mapping[int, Layer], float], dict[int, int]]
+
+
+def best(scores: np.ndarray, n_keep: int) -> tuple[int, ...]:
+    """Keep the `n_keep` largest scores (E,); of equal ones, the first."""
+    return tuple(sorted(np.argsort(-np.asarray(scores), kind="stable")[:n_keep].tolist()))
+
+
+def uniform(layers: Mapping[int, Layer], share: float) -> dict[int, int]:
+    """Spread a share over the layers: the same share of each, rounded half up, at least its minimum."""
+    return {
+        number: min(max(int(share * layer.experts + 0.5), layer.minimum), layer.experts)
+        for number, layer in layers.items()
+    }
+
+
+def largest(
+    scores: Mapping[int, np.ndarray], total: int, minimum: Mapping[int, int] | None = None
+) -> dict[int, int]:
+    """Count in every layer the largest scores of all layers together.
+
+    Parameters
+    ----------
+    scores : mapping of int to ndarray, shape (E,)
+        Scores by layer, comparable across layers.
+    total : int
+        Experts to keep in all.
+    minimum : mapping of int to int, optional
+        Fewest experts of each layer, which come first; 1 by default.
+
+    Returns
+    -------
+    dict of int to int
+        Number of experts of each layer.
+
+    Raises
+    ------
+    ValueError
+        If the total is smaller than the minima together, or larger than the number of experts.
+    """
+    counts = {layer: 1 if minimum is None else minimum[layer] for layer in scores}
+    ordered = {layer: np.sort(np.asarray(values))[::-1] for layer, values in scores.items()}
+    rest = [(-value, layer) for layer, values in ordered.items() for value in values[counts[layer] :]]
+    missing = total - sum(counts.values())
+    if not 0 <= missing <= len(rest):
+        raise ValueError(
+            f"cannot keep {total} experts: at least {sum(counts.values())} must stay, "
+            f"and there are {sum(map(len, scores.values()))}"
+        )
+    for _, layer in sorted(rest)[:missing]:
+        counts[layer] += 1
+    return counts
+
+
+def across_layers(layers: Mapping[int, Layer], share: float, *, score: Score) -> dict[int, int]:
+    """Spread a share so that the largest scores of all layers together stay, where scores compare."""
+    minimum = {number: layer.minimum for number, layer in layers.items()}
+    total = max(round(share * sum(layer.experts for layer in layers.values())), sum(minimum.values()))
+    return largest({number: score(layer) for number, layer in layers.items()}, total, minimum)
+
+
+def proportional(
+    weights: Mapping[int, float], total: int, lower: Mapping[int, int], upper: Mapping[int, int]
+) -> dict[int, int]:
+    """Deal out a total in proportion to weights, within bounds, by largest remainders.
+
+    Parameters
+    ----------
+    weights : mapping of int to float
+        Not negative.
+    total : int
+        What to deal out, between the sums of the bounds.
+    lower, upper : mapping of int to int
+        Bounds of each share.
+
+    Returns
+    -------
+    dict of int to int
+        Adds up to `total`.
+    """
+    keys = list(weights)
+    low, high = (np.array([bound[key] for key in keys], dtype=float) for bound in (lower, upper))
+    values = np.array([weights[key] for key in keys], dtype=float)
+    values = np.maximum(values / max(values.max(), np.finfo(float).tiny), 1e-12)
+    if not low.sum() <= total <= high.sum():
+        raise ValueError(f"cannot deal out {total}: the bounds allow {low.sum():g} to {high.sum():g}")
+    # The factor between none and all: what it gives, within the bounds, grows with it.
+    smallest, biggest = 0.0, float((high / values).max())
+    for _ in range(200):
+        factor = (smallest + biggest) / 2
+        if np.clip(factor * values, low, high).sum() < total:
+            smallest = factor
+        else:
+            biggest = factor
+    exact = np.clip(biggest * values, low, high)
+    counts = np.floor(exact + 1e-9)
+    for at in np.argsort(-(exact - counts), kind="stable"):
+        if counts.sum() < total and counts[at] < high[at]:
+            counts[at] += 1
+    return dict(zip(keys, counts.astype(int).tolist(), strict=True))

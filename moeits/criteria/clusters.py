@@ -1,0 +1,151 @@
+"""Criteria that group similar experts: one of each group stays (STUN), or their average (HC-SMoE, M-SMoE)."""
+
+import numpy as np
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import squareform
+
+from moeits.criteria.base import Change, Layer, best
+from moeits.nmi import match_neurons
+
+
+def average_linkage(distances: np.ndarray, groups: int) -> np.ndarray:
+    """Group experts by average linkage.
+
+    Parameters
+    ----------
+    distances : ndarray, shape (E, E)
+        Symmetric, zero diagonal.
+    groups : int
+        Number of groups.
+
+    Returns
+    -------
+    ndarray of int, shape (E,)
+        Group of each expert, 0 to groups - 1.
+    """
+    if len(distances) == 1:
+        return np.zeros(1, dtype=int)
+    tree = linkage(squareform(distances, checks=False), method="average")
+    return cut_tree(tree, n_clusters=groups)[:, 0]
+
+
+def euclidean(rows: np.ndarray) -> np.ndarray:
+    """Distances of all pairs of rows, shape (E, E)."""
+    rows = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
+    products = rows @ rows.T
+    squares = np.diag(products)
+    distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * products, 0))
+    np.fill_diagonal(distances, 0)
+    return distances
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    return values / max(float(values.max()), np.finfo(float).tiny)
+
+
+def behaviour_distance(router: np.ndarray, coactivation: np.ndarray) -> np.ndarray:
+    """Distance of experts whose router rows differ and that rarely work together.
+
+    Parameters
+    ----------
+    router : ndarray, shape (E, d)
+        Rows of the router.
+    coactivation : ndarray, shape (E, E)
+        Tokens that use both.
+
+    Returns
+    -------
+    ndarray, shape (E, E)
+        Distance of the rows plus one minus co-activation, each divided by its largest value.
+    """
+    together = np.array(coactivation, dtype=np.float64)
+    np.fill_diagonal(together, 0)
+    distance = _scaled(euclidean(router)) + 1 - _scaled(together)
+    np.fill_diagonal(distance, 0)
+    return distance
+
+
+def stun(layer: Layer, n_keep: int) -> tuple[int, ...]:
+    """Group the experts by behaviour; of each group, keep the one nearest to the group's mean weights.
+
+    References
+    ----------
+    doi:10.48550/arXiv.2409.06211.
+    """
+    groups = average_linkage(behaviour_distance(layer.router, layer.statistics.coactivation), n_keep)
+    flat = layer.neurons.reshape(layer.experts, -1).astype(np.float64)
+    kept = []
+    for group in range(n_keep):
+        members = np.flatnonzero(groups == group)
+        off = np.linalg.norm(flat[members] - flat[members].mean(axis=0), axis=1)
+        kept.append(int(members[off.argmin()]))
+    return tuple(sorted(kept))
+
+
+def merge(layer: Layer, groups: np.ndarray, leaders: dict[int, int], *, align: bool) -> Change:
+    """Replace all experts of a group by the average of their weights, each as often as it is used.
+
+    The router keeps its rows: a token that is routed to any expert of the group uses the average.
+
+    Parameters
+    ----------
+    layer : Layer
+        With statistics.
+    groups : ndarray of int, shape (E,)
+        Group of each expert.
+    leaders : dict of int to int
+        Group -> the expert that the others are aligned with.
+    align : bool
+        Whether to match hidden neurons first.
+
+    Returns
+    -------
+    Change
+        Stored: one expert for each group.
+    """
+    block = layer.weights
+    neurons = layer.neurons if align else None
+    used = np.maximum(layer.statistics.counts, 1)
+    for group, leader in leaders.items():
+        members = np.flatnonzero(groups == group)
+        shares = used[members] / used[members].sum()
+        orders = [
+            match_neurons(neurons[leader], neurons[member]) if align else slice(None) for member in members
+        ]
+        for name, part in block.items():
+            average = sum(
+                share * (part[member][:, order] if name == "down" else part[member][order])
+                for share, member, order in zip(shares, members, orders, strict=True)
+            )
+            part[members] = average
+    return Change(block, tuple(range(layer.experts)), len(leaders) / layer.experts)
+
+
+def hc_smoe(layer: Layer, n_keep: int) -> Change:
+    """Group experts with similar mean outputs by average linkage, and merge each group.
+
+    References
+    ----------
+    doi:10.48550/arXiv.2410.08589.
+    """
+    groups = average_linkage(euclidean(layer.statistics.mean_outputs), n_keep)
+    leaders = {
+        group: max(np.flatnonzero(groups == group).tolist(), key=lambda k: layer.statistics.counts[k])
+        for group in range(n_keep)
+    }
+    return merge(layer, groups, leaders, align=False)
+
+
+def m_smoe(layer: Layer, n_keep: int) -> Change:
+    """Let the most used experts lead groups, which the others join by similarity of logits, and merge each.
+
+    References
+    ----------
+    doi:10.48550/arXiv.2310.01334.
+    """
+    leading = best(layer.statistics.counts, n_keep)
+    columns = layer.statistics.logits / np.maximum(np.linalg.norm(layer.statistics.logits, axis=0), 1e-30)
+    similarity = columns.T @ columns[:, leading]
+    groups = similarity.argmax(axis=1)
+    groups[list(leading)] = np.arange(n_keep)
+    return merge(layer, groups, dict(enumerate(leading)), align=True)

@@ -1,0 +1,162 @@
+"""Methods that keep all experts and store each in fewer bytes: sparse, quantised, of low rank."""
+
+import math
+
+import numpy as np
+
+from moeits.criteria.base import Change, Layer
+
+BITS = 16
+"""Bits of a weight before."""
+
+SCALE_BITS = 32
+"""Bits of the scale and the least value of a quantised row."""
+
+CODES = (1, 2, 3, 4, 5, 6, 8)
+"""Bits per weight to choose from."""
+
+
+def _by_expert(layer: Layer) -> dict[str, np.ndarray]:
+    """Root mean square of each projection's weighted inputs, (E, columns)."""
+    known = layer.statistics
+    used = np.maximum(known.counts, 1)[:, None]
+    inputs, neurons = np.sqrt(known.inputs_squared / used), np.sqrt(known.neurons_squared / used)
+    return {"gate": inputs, "up": inputs, "down": neurons}
+
+
+def sparse(weights: np.ndarray, size: np.ndarray, share: float) -> np.ndarray:
+    """Keep in every row the weights whose magnitude times size of the input is largest.
+
+    Parameters
+    ----------
+    weights : ndarray, shape (..., rows, columns)
+        Matrices.
+    size : ndarray, shape (..., columns)
+        Size of the inputs.
+    share : float
+        Share of each row's weights to keep, rounded half up.
+
+    Returns
+    -------
+    ndarray
+        The matrices, zero elsewhere.
+    """
+    columns = weights.shape[-1]
+    zeros = columns - int(share * columns + 0.5)
+    order = np.argsort(np.abs(weights) * size[..., None, :], axis=-1, kind="stable")
+    out = weights.copy()
+    np.put_along_axis(out, order[..., :zeros], 0, axis=-1)
+    return out
+
+
+def moe_pruner(layer: Layer, n_keep: int) -> Change:
+    """Zero the weights with the least magnitude times router-weighted input norm, in every row.
+
+    References
+    ----------
+    doi:10.48550/arXiv.2410.12013, after Wanda, doi:10.48550/arXiv.2306.11695.
+    """
+    share = n_keep / layer.experts
+    sizes = _by_expert(layer)
+    block = {name: sparse(part, sizes[name], share) for name, part in layer.weights.items()}
+    left = sum(np.count_nonzero(part) for part in block.values())
+    total = sum(part.size for part in block.values())
+    return Change(block, tuple(range(layer.experts)), (left + total / BITS) / total)
+
+
+def quantise(weights: np.ndarray, bits: int) -> np.ndarray:
+    """Round every row of matrices to 2^bits equally spaced values from its least to its largest weight."""
+    low, high = weights.min(axis=-1, keepdims=True), weights.max(axis=-1, keepdims=True)
+    step = np.maximum((high - low) / (2**bits - 1), np.finfo(np.float32).tiny)
+    return (low + np.round((weights - low) / step) * step).astype(weights.dtype)
+
+
+def allocate_bits(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
+    """Choose a number of bits for every expert: the largest saving of error for its cost first.
+
+    Parameters
+    ----------
+    errors : ndarray, shape (E, C)
+        Weighted error of each expert at each of C numbers of bits.
+    costs : ndarray, shape (C,)
+        Bits that an expert then takes, ascending.
+    budget : float
+        Bits for all experts.
+
+    Returns
+    -------
+    ndarray of int, shape (E,)
+        Place in `costs` of each expert.
+
+    Raises
+    ------
+    ValueError
+        If the fewest bits are above the budget.
+    """
+    experts, choices = errors.shape
+    chosen = np.zeros(experts, dtype=int)
+    spent = experts * costs[0]
+    if spent > budget:
+        raise ValueError(f"the budget of {budget:g} bits is below the {spent:g} of the coarsest codes")
+    while True:
+        steps = [
+            ((errors[e, at] - errors[e, to]) / (costs[to] - costs[at]), e, to)
+            for e, at in enumerate(chosen)
+            for to in range(at + 1, choices)
+            if spent + costs[to] - costs[at] <= budget
+        ]
+        if not steps:
+            return chosen
+        _, e, to = max(steps, key=lambda step: step[0])
+        spent += costs[to] - costs[chosen[e]]
+        chosen[e] = to
+
+
+def mc_moe(layer: Layer, n_keep: int) -> Change:
+    """Give important experts more bits, within the bytes of `n_keep` experts in 16 bits.
+
+    Raises
+    ------
+    ValueError
+        If one bit per weight, with the scales of the rows, is more than that.
+
+    References
+    ----------
+    doi:10.48550/arXiv.2410.06270.
+    """
+    known, block = layer.statistics, layer.weights
+    importance = np.sqrt((known.counts / known.tokens) * (known.weights / known.tokens))
+    size = sum(part[0].size for part in block.values())
+    scales = SCALE_BITS * sum(part.shape[1] for part in block.values())
+    quantised = [{name: quantise(part, bits) for name, part in block.items()} for bits in CODES]
+    errors = np.stack(
+        [
+            np.sqrt(sum(((coarse[name] - part) ** 2).sum(axis=(1, 2)) for name, part in block.items()))
+            for coarse in quantised
+        ],
+        axis=1,
+    )
+    costs = np.array([bits * size + scales for bits in CODES], dtype=float)
+    chosen = allocate_bits(importance[:, None] * errors, costs, n_keep * size * BITS)
+    new = {name: np.stack([quantised[at][name][e] for e, at in enumerate(chosen)]) for name in block}
+    return Change(
+        new, tuple(range(layer.experts)), float(costs[chosen].sum() / (layer.experts * size * BITS))
+    )
+
+
+def low_rank(layer: Layer, n_keep: int) -> Change:
+    """Replace every matrix by its best one of low rank, with as many numbers as `n_keep` of the experts have.
+
+    References
+    ----------
+    Intra-expert decomposition of MoE-I², doi:10.48550/arXiv.2411.01016.
+    """
+    block, used = {}, 0
+    for name, part in layer.weights.items():
+        rows, columns = part.shape[1:]
+        rank = max(math.floor(n_keep / layer.experts * rows * columns / (rows + columns)), 1)
+        left, values, right = np.linalg.svd(part, full_matrices=False)
+        block[name] = (left[:, :, :rank] * values[:, None, :rank]) @ right[:, :rank]
+        used += rank * (rows + columns)
+    size = sum(part[0].size for part in block.values())
+    return Change(block, tuple(range(layer.experts)), used / size)

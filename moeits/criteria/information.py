@@ -1,0 +1,90 @@
+"""What weights alone tell: Algorithm 3 on several kinds of redundancy matrices, and the size of experts."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moeits.criteria.base import Layer
+from moeits.nmi import PRESETS, nmi_matrix
+from moeits.selection import select_experts, select_share
+
+
+def redundancy(
+    layer: Layer, *, preset: str = "paper", correction: str | None = None, align: bool = False
+) -> np.ndarray:
+    """NMI matrix of a layer, shape (E, E), measured once.
+
+    Parameters
+    ----------
+    layer : Layer
+        Its weights are read, not its statistics.
+    preset : {"paper", "official"}
+        See :data:`moeits.nmi.PRESETS`; a family without official weights takes the plain mean.
+    correction, align
+        As in :func:`moeits.nmi.nmi_matrix`.
+    """
+    known = PRESETS[preset].weights
+    chosen = PRESETS[preset if known is None or layer.family in known else "paper"]
+
+    def measure(layer: Layer) -> np.ndarray:
+        return nmi_matrix(
+            layer.block,
+            bins=chosen.bins,
+            projection_weights=chosen.projection_weights(layer.family),
+            correction=correction,
+            align=align,
+        )
+
+    return layer.once(("nmi", preset, correction, align), measure)
+
+
+def moeits(layer: Layer, n_keep: int, **options: object) -> tuple[int, ...]:
+    """Keep what Algorithm 3 leaves of a layer when it has removed all but `n_keep` experts.
+
+    Parameters
+    ----------
+    layer, n_keep
+        The layer and the number.
+    **options
+        For :func:`redundancy`.
+
+    References
+    ----------
+    doi:10.48550/arXiv.2604.10603.
+    """
+    return select_experts(redundancy(layer, **options), n_keep=n_keep).kept
+
+
+def by_one_tau(
+    layers: Mapping[int, Layer], share: float, *, diagonal: str = "zero", **options: object
+) -> dict[int, int]:
+    """Spread a share over the layers by the one tau that keeps it.
+
+    Parameters
+    ----------
+    layers, share
+        The layers and the share of all experts.
+    diagonal : {"zero", "one", "exclude"}
+        As in :func:`moeits.selection.select_experts`.
+    **options
+        For :func:`redundancy`.
+
+    Raises
+    ------
+    ValueError
+        If no tau keeps so few or so many.
+    """
+    matrices = {number: redundancy(layer, **options) for number, layer in layers.items()}
+    floor = max(layer.minimum for layer in layers.values())
+    _, selections = select_share(matrices, share, diagonal=diagonal, at_least=floor)
+    return {number: len(selection.kept) for number, selection in selections.items()}
+
+
+def weight_product(layer: Layer) -> np.ndarray:
+    """Size of an expert by its weights: sum over neurons of the product of their three norms, (E,)."""
+    weights = layer.weights
+    size = np.linalg.norm(weights["down"], axis=1).astype(np.float64)
+    for name in ("gate", "up"):
+        if name in weights:
+            size = size * np.linalg.norm(weights[name], axis=2)
+    return size.sum(axis=1)

@@ -1,0 +1,68 @@
+"""Drop experts, and give their neurons to those that stay (DERN)."""
+
+import numpy as np
+
+from moeits.criteria.base import Change, Layer, best
+from moeits.criteria.router import router_weight
+
+SIMILAR = 0.5
+"""Cosine above which a dropped neuron joins the nearest kept one."""
+
+
+def recombine(
+    neurons: np.ndarray, importance: np.ndarray, kept: tuple[int, ...], similar: float = SIMILAR
+) -> np.ndarray:
+    """Let every kept neuron take up the dropped ones that point its way.
+
+    Parameters
+    ----------
+    neurons : ndarray, shape (E, m, w)
+        Weights by neuron.
+    importance : ndarray, shape (E,)
+        Weight of an expert's neurons in the average.
+    kept : tuple of int
+        Experts that stay.
+    similar : float
+        Least cosine; a dropped neuron without a kept one so near is lost.
+
+    Returns
+    -------
+    ndarray, shape (E, m, w)
+        Kept experts' neurons are averages of themselves and what joined them; the others are as they were.
+    """
+    experts, count, width = neurons.shape
+    dropped = [expert for expert in range(experts) if expert not in kept]
+    stay = neurons[list(kept)].reshape(-1, width)
+    go = neurons[dropped].reshape(-1, width)
+    cosine = _unit(go) @ _unit(stay).T
+    sums = stay * np.repeat(importance[list(kept)], count)[:, None]
+    totals = np.repeat(importance[list(kept)], count).astype(np.float64)
+    if len(go):
+        nearest = cosine.argmax(axis=1)
+        joins = np.flatnonzero(cosine.max(axis=1) >= similar)
+        weight = np.repeat(importance[dropped], count)[joins]
+        np.add.at(sums, nearest[joins], weight[:, None] * go[joins])
+        np.add.at(totals, nearest[joins], weight)
+    out = neurons.copy()
+    out[list(kept)] = (sums / totals[:, None]).reshape(len(kept), count, width)
+    return out
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def dern(layer: Layer, n_keep: int) -> Change:
+    """Drop the experts with the least router weight, and recombine their neurons into the others.
+
+    References
+    ----------
+    Dropping Experts, Recombining Neurons, doi:10.48550/arXiv.2509.10377.
+    """
+    importance = router_weight(layer)
+    kept = best(importance, n_keep)
+    neurons = recombine(layer.neurons, np.maximum(importance, 1e-12), kept)
+    names = [*(name for name in ("gate", "up") if name in layer.block), "down"]
+    block = dict(zip(names, np.split(neurons, len(names), axis=2), strict=True))
+    block["down"] = block["down"].transpose(0, 2, 1)
+    return Change(block, kept, n_keep / layer.experts)

@@ -1,0 +1,341 @@
+"""One pass of text through a model gathers what all criteria need to know about its layers."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from moeits.criteria.base import SCORES, Layer, Routing, Statistics
+from moeits.families import MoELayer, expert_block, moe_layers
+from moeits.paths import whole
+
+SAMPLE = 256
+"""Tokens whose routing and outputs of all experts are kept."""
+
+
+@torch.inference_mode()
+def gather(
+    model: nn.Module, blocks: np.ndarray, *, batch_size: int = 8, sample: int = SAMPLE
+) -> dict[int, Statistics]:
+    """Gather the statistics of every Mixture-of-Experts layer in one pass over tokens.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Whole causal language model of a family that :func:`moeits.families.moe_layers` serves, on any device.
+    blocks : ndarray of int, shape (N, T)
+        Token ids.
+    batch_size : int
+        Blocks per pass.
+    sample : int
+        Tokens to sample, spread evenly over the text; all where there are fewer.
+
+    Returns
+    -------
+    dict of int to Statistics
+        By decoder layer.
+
+    Raises
+    ------
+    ValueError
+        If a layer's experts are not gated and stacked, or compute something else than
+        ``down(act(gate(x)) * up(x))`` weighted by the router.
+    """
+    blocks = np.asarray(blocks)
+    wanted = np.unique(np.linspace(0, blocks.size - 1, min(sample, blocks.size)).round().astype(int))
+    gatherers = {layer.layer: _Gatherer(model, layer, wanted) for layer in moe_layers(model)}
+    training = model.training
+    model.eval()
+    with ExitStack() as hooks:
+        hooks.callback(model.train, training)
+        for gatherer in gatherers.values():
+            hook = gatherer.layer.experts.register_forward_hook(gatherer, with_kwargs=True)
+            hooks.callback(hook.remove)
+        for start in range(0, len(blocks), batch_size):
+            ids = torch.as_tensor(blocks[start : start + batch_size], device=model.device)
+            model(input_ids=ids, use_cache=False)
+    return {number: gatherer.statistics() for number, gatherer in gatherers.items()}
+
+
+def random_tokens(model: nn.Module, tokens: int, *, length: int = 512, seed: int = 0) -> np.ndarray:
+    """Draw token ids from a model's whole vocabulary, all equally likely.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its configuration says how large the vocabulary is.
+    tokens : int
+        About how many, rounded down to whole blocks, at least one.
+    length : int
+        Tokens per block.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    ndarray of int, shape (blocks, length)
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    shape = (max(tokens // length, 1), length)
+    return np.random.default_rng(seed).integers(0, vocabulary, shape)
+
+
+def layers_of(
+    model: nn.Module,
+    statistics: Mapping[int, Statistics] | None = None,
+    *,
+    probe: Mapping[int, Statistics] | None = None,
+    seed: int = 0,
+) -> dict[int, Layer]:
+    """Show a model's layers to criteria.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Whole model; the weights are not copied.
+    statistics : mapping of int to Statistics, optional
+        Of calibration text, from :func:`gather`.
+    probe : mapping of int to Statistics, optional
+        Of random tokens, from :func:`gather`.
+    seed : int
+        Of random choices.
+
+    Returns
+    -------
+    dict of int to Layer
+        By decoder layer.
+    """
+    return {
+        layer.layer: Layer(
+            number=layer.layer,
+            block=expert_block(layer),
+            router=_router(model, layer)[0].float().cpu().numpy(),
+            family=model.config.get_text_config().model_type,
+            minimum=layer.minimum,
+            calibration=statistics[layer.layer] if statistics else None,
+            probe=probe[layer.layer] if probe else None,
+            seed=seed,
+        )
+        for layer in moe_layers(model)
+    }
+
+
+@torch.no_grad()
+def write_block(layer: MoELayer, block: Mapping[str, np.ndarray]) -> None:
+    """Replace the weights of a layer's experts, in place.
+
+    Parameters
+    ----------
+    layer : MoELayer
+        Layer of the model that changes.
+    block : mapping of str to ndarray
+        ``gate`` (E, m, d), ``up`` (E, m, d), ``down`` (E, d, m).
+    """
+    for name, part in expert_block(layer).items():
+        part.copy_(torch.from_numpy(np.ascontiguousarray(block[name])))
+
+
+def write_statistics(
+    path: str | Path, statistics: Mapping[int, Statistics], settings: Mapping[str, object]
+) -> None:
+    """Write statistics to an npz file, whole or not at all, with what made them.
+
+    The inner products of outputs, which are the bulk, are stored in float32.
+    """
+    arrays = {}
+    for layer, known in statistics.items():
+        for field in fields(known):
+            value = getattr(known, field.name)
+            if field.name == "routing":
+                value = json.dumps(None if value is None else {**vars(value), "bias": value.bias.tolist()})
+            elif field.name == "gram":
+                value = value.astype(np.float32)
+            arrays[f"{layer}/{field.name}"] = np.array(value)
+    with whole(Path(path)) as part, part.open("wb") as file:
+        np.savez(file, settings=np.array(json.dumps(settings, sort_keys=True)), **arrays)
+
+
+def read_statistics(path: str | Path) -> tuple[dict[int, Statistics], dict[str, object]]:
+    """Read what :func:`write_statistics` wrote: the statistics by layer, and what made them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            settings = json.loads(file["settings"].item())
+            values: dict[int, dict[str, object]] = {}
+            for name in file.files:
+                layer, slash, key = name.partition("/")
+                if slash:
+                    array = file[name]
+                    values.setdefault(int(layer), {})[key] = array if array.ndim else array.item()
+    except (KeyError, ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} holds no statistics of calibration text: {error}") from error
+    for known in values.values():
+        routing = json.loads(known["routing"])
+        known["routing"] = routing and Routing(**{**routing, "bias": np.array(routing["bias"])})
+        known["gram"] = known["gram"].astype(np.float64)
+    return {layer: Statistics(**known) for layer, known in sorted(values.items())}, settings
+
+
+def fit_routing(
+    logits: np.ndarray, gates: np.ndarray, top_k: int, biases: Sequence[np.ndarray]
+) -> Routing | None:
+    """Find the rule that gives a router's weights from its logits.
+
+    Parameters
+    ----------
+    logits, gates : ndarray, shape (n, E)
+        Of the whole router.
+    top_k : int
+        Experts per token.
+    biases : sequence of ndarray, shape (E,)
+        What may be added to the scores for the choice.
+
+    Returns
+    -------
+    Routing or None
+        The rule that fits best; None if it misses a weight of more than one token in fifty by over a percent
+        of the mean weight, such as where one token more is chosen by groups of experts.
+    """
+    found = None
+    for scores, normalised, bias in product(SCORES, (False, True), biases):
+        rule = Routing(scores, top_k, normalised, 1.0, np.asarray(bias, dtype=np.float64))
+        guess = rule.gates(logits)
+        both = (guess > 0) & (gates > 0)
+        if not both.any():
+            continue
+        scale = float(np.median(gates[both] / guess[both]))
+        off = np.abs(scale * guess - gates).max(axis=1) / gates[gates > 0].mean()
+        misses, error = float((off > 0.01).mean()), float(np.minimum(off, 1).mean())
+        if misses <= 0.02 and (found is None or error < found[0]):
+            found = error, Routing(scores, top_k, normalised, scale, rule.bias)
+    return found and found[1]
+
+
+def _router(model: nn.Module, layer: MoELayer) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rows of the router (E, d) and its vectors (E,)."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = [(name, tensors[name].detach()) for name in layer.router]
+    rows = next(
+        tensor
+        for name, tensor in found
+        if name.endswith(".weight") and tensor.dim() == 2 and tensor.shape[0] == layer.num_experts
+    )
+    return rows, [tensor.flatten() for _, tensor in found if tensor.numel() == layer.num_experts]
+
+
+class _Gatherer:
+    """Forward hook of one experts module, which adds up its statistics."""
+
+    def __init__(self, model: nn.Module, layer: MoELayer, wanted: np.ndarray) -> None:
+        self.layer, self.wanted = layer, wanted
+        self.block = expert_block(layer)
+        extra = [name for name, tensor in layer.experts.named_parameters(recurse=False) if tensor.dim() != 3]
+        if set(self.block) != {"gate", "up", "down"} or extra or not hasattr(layer.experts, "act_fn"):
+            raise ValueError(
+                f"{layer.name}: statistics are gathered from gated experts without biases, whose module has "
+                "an `act_fn`; those of this family are built differently"
+            )
+        self.router, self.vectors = _router(model, layer)
+        experts, width, neurons = self.block["down"].shape
+        self.tokens = 0
+        self.sums = {
+            name: np.zeros(shape)
+            for name, shape in {
+                "counts": (experts,),
+                "weights": (experts,),
+                "norms": (experts,),
+                "weighted_norms": (experts,),
+                "coactivation": (experts, experts),
+                "inputs_squared": (experts, width),
+                "neurons_squared": (experts, neurons),
+            }.items()
+        }
+        self.inputs: list[torch.Tensor] = []
+        self.gates: list[torch.Tensor] = []
+
+    def __call__(self, _: nn.Module, args: tuple, options: dict, output: torch.Tensor) -> None:
+        x, index, weights = self._arguments(args, options)
+        gates = torch.zeros(len(x), self.layer.num_experts, dtype=torch.float32, device=x.device)
+        gates.scatter_(1, index, weights.float())
+        used = torch.zeros_like(gates).scatter_(1, index, 1.0)
+        self._add("counts", used.sum(0))
+        self._add("weights", gates.sum(0))
+        self._add("coactivation", used.T @ used)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in range(self.layer.num_experts):
+            tokens = used[:, expert].nonzero()[:, 0]
+            if not len(tokens):
+                continue
+            gate = gates[tokens, expert][:, None]
+            neurons = self._neurons(x[tokens], expert)
+            out = linear(neurons, self.block["down"][expert]).float()
+            norms = out.norm(dim=1)
+            self._add("norms", norms.sum(), expert)
+            self._add("weighted_norms", (gate[:, 0] * norms).sum(), expert)
+            self._add("inputs_squared", (gate * x[tokens].float()).square().sum(0), expert)
+            self._add("neurons_squared", (gate * neurons.float()).square().sum(0), expert)
+            total.index_add_(0, tokens, gate * out)
+        output = output.reshape(x.shape).float()
+        if not (output - total).norm() <= 0.02 * total.norm():
+            raise ValueError(
+                f"{self.layer.name}: the experts of this family compute something else than the weighted sum "
+                "of down(act(gate(x)) * up(x)), so their statistics cannot be gathered"
+            )
+        here = self.wanted[(self.wanted >= self.tokens) & (self.wanted < self.tokens + len(x))] - self.tokens
+        self.inputs.append(x[here].clone())
+        self.gates.append(gates[here])
+        self.tokens += len(x)
+
+    def _arguments(self, args: tuple, options: dict) -> Iterator[torch.Tensor]:
+        given = [*args, *options.values()]
+        if len(given) != 3 or given[1].shape != given[2].shape or given[1].is_floating_point():
+            raise ValueError(
+                f"{self.layer.name}: the experts of this family are not called with hidden states, indices "
+                "and weights of the chosen experts, so their statistics cannot be gathered"
+            )
+        return (tensor.reshape(-1, tensor.shape[-1]) for tensor in given)
+
+    def _neurons(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        act = self.layer.experts.act_fn
+        return act(linear(x, self.block["gate"][expert])) * linear(x, self.block["up"][expert])
+
+    def _add(self, name: str, value: torch.Tensor, expert: int | slice = slice(None)) -> None:
+        self.sums[name][expert] += value.double().cpu().numpy()
+
+    def statistics(self) -> Statistics:
+        inputs, gates = torch.cat(self.inputs), torch.cat(self.gates).double().cpu().numpy()
+        outputs = torch.stack(
+            [
+                linear(self._neurons(inputs, expert), self.block["down"][expert]).float()
+                for expert in range(self.layer.num_experts)
+            ],
+            dim=1,
+        )  # (n, E, d)
+        logits = linear(inputs.float(), self.router.float()).double().cpu().numpy()
+        vectors = [vector.double().cpu().numpy() for vector in self.vectors]
+        biases = [*vectors, np.zeros(self.layer.num_experts)]
+        return Statistics(
+            tokens=self.tokens,
+            **self.sums,
+            logits=logits,
+            gates=gates,
+            gram=torch.bmm(outputs, outputs.transpose(1, 2)).double().cpu().numpy(),
+            mean_outputs=outputs.double().mean(0).cpu().numpy(),
+            routing=fit_routing(logits, gates, self.layer.top_k, biases),
+        )

@@ -1,0 +1,207 @@
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_model, tokens
+
+from moeits import comparison, criteria, evaluation, pipeline, profiles, records
+from moeits.comparison import Comparison, chance_jaccard, jaccard, overlaps, paired, table
+from moeits.criteria.statistics import gather, layers_of
+from moeits.families import moe_layers
+from moeits.selection import Kept
+from moeits.surgery import load_model, prune_model
+
+
+class Letters:
+    """A tokenizer whose token n is written as n letters."""
+
+    def decode(self, ids, **_):
+        return "".join("x" * int(i) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model("qwen2_moe").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def compared(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "DATA", tmp_path / "data")
+    for module in (pipeline, comparison):
+        monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(Comparison, "_tokenizer", Letters())
+    texts = {"calibration": tokens(seed=1, batch=4, length=20), "heldout": tokens(seed=2, batch=5, length=12)}
+    monkeypatch.setattr("moeits.corpus.blocks", lambda part, *_, **__: texts[part].numpy())
+    settings = profiles.load("laptop").models["smol-qwen"].model_copy(update={"source": str(folder)})
+    profile = profiles.load(
+        "laptop",
+        models={"tiny": settings.model_dump()},
+        random_draws=2,
+        seed=3,
+        rivals=["random", "reap"],
+        rival_models=["tiny"],
+        dtype="float32",
+        device="cpu",
+    )
+    return Comparison(profile, "tiny")
+
+
+def values(cell):
+    return {row["metric"]: row["value"] for row in cell.rows}
+
+
+HELDOUT = tokens(seed=2, batch=5, length=12)
+
+
+def test_a_cell_measures_the_model_that_the_criterion_leaves(compared, folder):
+    model = load_model(folder, dtype=torch.float32)
+    statistics = gather(model, tokens(seed=1, batch=4, length=20).numpy())
+    kept = criteria.select("reap", layers_of(model, statistics), share=0.5)
+    pruned = prune_model(load_model(folder, dtype=torch.float32), kept)
+    cell = compared.cell("reap", 0.5)
+    assert cell.details["kept"] == {str(layer): list(ids) for layer, ids in kept.items()}
+    expected = evaluation.perplexity(pruned, HELDOUT)
+    assert values(cell)["perplexity"] == pytest.approx(expected["value"], rel=1e-5)
+    errors = {row["metric"]: row["stderr"] for row in cell.rows}
+    assert errors["perplexity"] == pytest.approx(expected["stderr"], rel=1e-4)
+    bits = math.log2(expected["value"]) * 5 * 11 / HELDOUT[:, 1:].sum().item()
+    assert values(cell)["bits per byte"] == pytest.approx(bits, rel=1e-5)
+    assert {row["kept_share"] for row in cell.rows} == {0.5}
+    assert values(cell)["calibration tokens"] == compared.profile.calibration_tokens
+
+
+def test_a_method_that_changes_weights_is_measured_with_them(compared, folder):
+    model = load_model(folder, dtype=torch.float32)
+    statistics = gather(model, tokens(seed=1, batch=4, length=20).numpy())
+    for number, layer in layers_of(model, statistics).items():
+        block = criteria.CRITERIA["dern"].apply(layer, 4)
+        moe = next(layer for layer in moe_layers(model) if layer.layer == number)
+        with torch.no_grad():
+            moe.experts.down_proj.copy_(torch.from_numpy(block.block["down"].copy()))
+            both = np.concatenate([block.block["gate"], block.block["up"]], axis=1)
+            moe.experts.gate_up_proj.copy_(torch.from_numpy(both))
+    cell = compared.cell("dern", 0.5)
+    kept = {int(layer): ids for layer, ids in cell.details["kept"].items()}
+    expected = evaluation.perplexity(prune_model(model, kept), HELDOUT)["value"]
+    assert values(cell)["perplexity"] == pytest.approx(expected, rel=1e-5)
+    merged = compared.cell("hc-smoe", 0.5)
+    assert all(ids == list(range(8)) for ids in merged.details["kept"].values())
+    assert {row["kept_share"] for row in merged.rows} == {0.5}
+
+
+def test_a_cell_is_measured_once(compared, monkeypatch):
+    first = compared.cell("reap", 0.5)
+    again = Comparison(compared.profile, "tiny")
+    monkeypatch.setattr(Comparison, "_measure", None)
+    monkeypatch.setattr(Comparison, "_gather", None)
+    assert again.cell("reap", 0.5) == first
+    assert again.found() == [first]
+
+
+def test_the_own_budget_is_moeits_at_its_tau(compared):
+    tau = compared.profile.models["tiny"].tau
+    own = {str(n): list(chosen.kept) for n, chosen in compared.study.selections(tau).items()}
+    assert compared.cell("moeits", "own").details["kept"] == own
+    random = compared.cell("random 1", "own").details["kept"]
+    assert {layer: len(ids) for layer, ids in random.items()} == {n: len(ids) for n, ids in own.items()}
+    assert random != compared.cell("random 0", "own").details["kept"]
+
+
+def test_what_is_impossible_is_recorded_with_its_reason(compared, monkeypatch):
+    monkeypatch.setattr("moeits.criteria.controls.SUBSETS", 10)
+    cell = compared.cell("oracle", 0.5)
+    assert cell.rows == []
+    assert "70 subsets of 4 of 8 experts are too many" in cell.details["impossible"]
+    shown = table([cell])
+    assert "too many" in shown.impossible[0]
+
+
+def test_the_table_pairs_every_method_with_moeits(compared):
+    cells = [compared.cell(method, 0.5) for method in ("moeits", "reap")]
+    shown = table(cells).set_index("method")
+    bits = {cell.inputs["method"]: np.array(cell.details["nats"]) / math.log(2) for cell in cells}
+    size = np.array(cells[0].details["bytes"])
+    assert size.tolist() == HELDOUT[:, 1:].sum(1).tolist()
+    difference = (bits["reap"] - bits["moeits"]).sum() / size.sum()
+    assert shown.difference["reap"] == pytest.approx(difference)
+    assert shown["bits per byte"]["reap"] - shown["bits per byte"]["moeits"] == pytest.approx(difference)
+    assert math.isnan(shown.difference["moeits"])
+    stderr = evaluation.ratio(bits["reap"] - bits["moeits"], size)[1]
+    assert shown["difference stderr"]["reap"] == pytest.approx(stderr)
+
+
+def test_cells_of_different_text_are_not_paired():
+    cells = [records.Record("rival", {}, [], {"nats": [1.0], "bytes": [size]}) for size in (3, 4)]
+    with pytest.raises(ValueError, match="not measured on the same text"):
+        paired(*cells)
+
+
+def test_steps_are_the_profiles_or_those_asked_for(compared):
+    labels = [step.label for step in comparison.steps(compared.profile)]
+    assert labels == [
+        "tiny: whole model",
+        "tiny: statistics of calibration tokens",
+        "tiny: random 0, 50%",
+        "tiny: random 1, 50%",
+        "tiny: reap, 50%",
+    ]
+    steps = comparison.steps(compared.profile, models=["tiny"], methods=["first"], budgets=[0.25, "own"])
+    assert [step.label for step in steps] == ["tiny: whole model", "tiny: first, 25%", "tiny: first, own"]
+
+
+def test_overlap_by_hand():
+    assert jaccard([0, 1, 2], [1, 2, 3]) == 0.5
+    kept = {"moeits": {"1": [0, 1], "2": [0]}, "reap": {"1": [0, 1], "2": [1]}, "mc-moe": {"1": [0, 1, 2, 3]}}
+    cells = [
+        records.Record(
+            "rival",
+            {"model": "tiny", "method": method, "budget": 0.5},
+            [],
+            {"kept": ids, "experts": {"1": 4, "2": 2}},
+        )
+        for method, ids in kept.items()
+    ]
+    [line] = overlaps(cells).to_dict("records")
+    assert (line["first"], line["second"], line["jaccard"]) == ("moeits", "reap", 0.5)
+    assert line["chance"] == pytest.approx((chance_jaccard(2, 2, 4) + 0.5) / 2)
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_chance_is_the_mean_over_all_sets(first, second):
+    sets = [[*combinations(range(5), size)] for size in (first, second)]
+    everything = [jaccard(a, b) for a in sets[0] for b in sets[1]]
+    assert chance_jaccard(first, second, 5) == pytest.approx(np.mean(everything))
+
+
+def test_a_folder_is_selected_from(folder, monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
+    monkeypatch.setattr("moeits.corpus.blocks", lambda *_, **__: tokens(batch=4, length=20).numpy())
+    kept = comparison.select_from_folder(folder, "frequency", n_keep=3)
+    model = load_model(folder)
+    layers = layers_of(model, gather(model, tokens(batch=4, length=20).numpy()))
+    assert kept.layers == criteria.select("frequency", layers, n_keep=3)
+    assert kept.criterion == "frequency"
+    assert kept.budget == {"n_keep": 3, "calibration_tokens": 80, "seed": 0}
+    assert isinstance(kept, Kept)
+    with pytest.raises(ValueError, match="chooses no experts"):
+        comparison.select_from_folder(folder, "hc-smoe", n_keep=3)
+
+
+@pytest.mark.parametrize("name", ["laptop", "smoke"])
+def test_the_profiles_name_methods_that_can_be_measured(name):
+    profile = profiles.load(name)
+    assert comparison.REFERENCE in profile.rivals
+    assert not any(criteria.criterion(method).quoted_only for method in profile.rivals)
+    assert set(profile.rival_models or []) <= set(profile.models)
+
+
+def test_the_smoke_profile_has_every_computation():
+    computed = {repr(entry.functions[:3]) for entry in criteria.CRITERIA.values() if not entry.quoted_only}
+    covered = {repr(criteria.criterion(method).functions[:3]) for method in profiles.load("smoke").rivals}
+    assert covered == computed
