@@ -3,7 +3,8 @@
 Arrays only; every function is given its seed and returns a table.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import log, sqrt
 
 import numpy as np
@@ -259,7 +260,7 @@ def plants(
     noises: Iterable[float],
     budgets: Mapping[str, Mapping[str, object]],
     *,
-    estimates: Mapping[str, Mapping[str, object]] | None = None,
+    estimates: Mapping[str, Callable[[planted.Block], np.ndarray]] | None = None,
     experts: int = 16,
     copies: int = 4,
     neurons: int = 32,
@@ -275,8 +276,8 @@ def plants(
         As in :func:`moeits.planted.plant`.
     budgets : mapping of str to mapping
         Name -> arguments of :func:`moeits.selection.select_experts`, such as ``{"tau": 1.25}``.
-    estimates : mapping of str to mapping, optional
-        Name -> arguments of :func:`moeits.nmi.nmi_matrix`; the plain one without it.
+    estimates : mapping of str to callable, optional
+        Name -> function that makes the matrix R of a block; :func:`moeits.nmi.nmi_matrix` without it.
     experts, copies, neurons, width : int
         Experts in all, copies among them, and the experts' size.
     draws, seed : int
@@ -287,7 +288,7 @@ def plants(
     DataFrame
         kind, noise, estimate, budget, precision, recall, removed; a row per draw.
     """
-    estimates = {"NMI": {}} if estimates is None else estimates
+    estimates = estimates or {"NMI": partial(nmi_matrix, n_jobs=1)}
     rows = []
     for kind in kinds:
         for noise in noises:
@@ -296,8 +297,8 @@ def plants(
                 block = planted.random_experts(rng, experts=experts, neurons=neurons, width=width)
                 pairs = rng.permutation(experts)[: 2 * copies].reshape(copies, 2).tolist()
                 block = planted.plant(rng, block, pairs, kind, noise)
-                for estimate, options in estimates.items():
-                    R = nmi_matrix(block, n_jobs=1, **options)
+                for estimate, measure in estimates.items():
+                    R = measure(block)
                     for budget, given in budgets.items():
                         result = planted.found(select_experts(R, **given).removed, pairs)
                         setting = {"kind": kind, "noise": noise, "estimate": estimate, "budget": budget}

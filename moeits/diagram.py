@@ -30,15 +30,15 @@ def method_diagram() -> tuple[Figure, pd.DataFrame]:
         R[i, j] = R[j, i] = value
     kept = select_experts(R, n_keep=4).kept
     figure, axis = plt.subplots(figsize=(5.6, 2.9))
-    axis.set(xlim=(0, 112), ylim=(-6, 56), aspect="equal")
+    axis.set(xlim=(-1, 117), ylim=(-6, 56), aspect="equal")
     axis.set_axis_off()
-    _layer(axis, 2, range(6), ())
-    _matrix(axis, 37, R, kept)
-    _layer(axis, 78, kept, set(range(6)) - set(kept))
-    _arrow(axis, 26, 34, "measure\nNMI")
-    _arrow(axis, 68, 76, "select,\ncut")
-    _arrow(axis, 102, 110, "heal")
-    for x, text in ((13, "all experts"), (51, "redundancy of pairs"), (89, "experts that stay")):
+    _layer(axis, 0, range(6), ())
+    _matrix(axis, 40, R, kept)
+    _layer(axis, 83, kept, set(range(6)) - set(kept))
+    _arrow(axis, 25, 34, "measure\nNMI")
+    _arrow(axis, 71, 80, "select,\ncut")
+    _arrow(axis, 108, 116, "heal")
+    for x, text in ((11, "all experts"), (54, "redundancy of pairs"), (94, "experts that stay")):
         axis.text(x, -4, text, ha="center", fontsize=9)
     pairs = [
         {"expert": i, "other": j, "nmi": R[i, j], "both_stay": i in kept and j in kept}
@@ -55,20 +55,12 @@ def _layer(axis: Axes, x: float, experts: object, gone: object) -> None:
     axis.add_patch(Circle((x + 11, 48), 2.4, fc="white", ec=_INK))
     axis.text(x + 11, 48, "+", ha="center", va="center", fontsize=9)
     for expert in sorted([*experts, *gone]):
-        left, there = x + 4.4 * (expert % 3) + 0.2 + 2.2, expert not in gone
-        low = 15 if expert < 3 else 29
+        left, there = x + 3.7 * expert, expert not in gone
         style = {"fc": COLOURS[5], "ec": _INK} if there else {"fc": "white", "ec": "#999999", "ls": ":"}
-        axis.add_patch(Rectangle((left + 1.2, low), 3.8, 11, **style))
-        axis.text(
-            left + 3.1,
-            low + 5.5,
-            str(expert),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=_INK if there else "#777777",
-        )
-    for low, high in ((8, 14), (41, 45.6)):
+        axis.add_patch(Rectangle((left, 18), 3.1, 18, **style))
+        colour = _INK if there else "#777777"
+        axis.text(left + 1.55, 27, str(expert), ha="center", va="center", fontsize=8, color=colour)
+    for low, high in ((8, 17), (37, 45.6)):
         axis.annotate(
             "", (x + 11, high), (x + 11, low), arrowprops={"arrowstyle": "-|>", "color": _INK, "lw": 1}
         )

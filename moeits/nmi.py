@@ -17,11 +17,15 @@ from typing import NamedTuple
 import joblib
 import numba
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from moeits.paths import whole
 
 MAX_BINS = 1 << 16  # codes are uint16
 TABLE_CELLS = 1 << 24  # of a joint histogram at a time: 32 MiB per thread
+CORRECTIONS = (None, "miller-madow", "null")
+NULL_DRAWS = 4  # shuffles behind the mean that the correction "null" subtracts
+_NEURON_AXIS = {"gate": 0, "up": 0, "down": 1}
 _XLOGX = np.arange(4096) * np.log(np.maximum(np.arange(4096), 1))
 
 NORMALIZERS: dict[str, Callable[[float, float], float]] = {
@@ -144,6 +148,8 @@ def nmi_matrix(
     bins: str | int = "auto",
     projection_weights: Mapping[str, float] | None = None,
     n_jobs: int | None = None,
+    correction: str | None = None,
+    align: bool = False,
 ) -> np.ndarray:
     """NMI matrix R of the experts of one layer (eq. 7 to 11).
 
@@ -158,6 +164,14 @@ def nmi_matrix(
         Weight of each projection, divided by their sum; None is the plain mean of eq. 10.
     n_jobs : int, optional
         Threads; None takes all cores that this process may use. The result does not depend on it.
+    correction : {None, "miller-madow", "null"}
+        What is done about the bias that finite samples give the estimate: nothing (the paper's); to every
+        entropy (K - 1) / 2N is added, K being its occupied cells and N the number of weights; or the mean NMI
+        with shuffled weights is subtracted. Corrected values of unrelated experts scatter around 0, on both
+        sides.
+    align : bool
+        First order the second expert's hidden neurons by :func:`match_neurons`, for each pair, so that the
+        NMI no longer depends on their order.
 
     Returns
     -------
@@ -168,15 +182,164 @@ def nmi_matrix(
     ------
     ValueError
         If the block is empty, its projections differ in E, the weights' names are not the block's, or a
-        matrix has NaN, infinite values or zero entropy; the message names projection and expert.
+        matrix has NaN, infinite values or zero entropy; the message names projection and expert. If the
+        correction is unknown; if projections to align are not gate, up and down; for "null" with `align`,
+        where shuffled weights have no neurons to match.
+
+    References
+    ----------
+    The correction of Miller and Madow: section 4.1 of doi:10.1162/089976603321780272.
     """
+    if correction not in CORRECTIONS:
+        known = ", ".join(map(repr, CORRECTIONS))
+        raise ValueError(f"correction is {correction!r}: choose one of {known}")
+    if correction == "null" and align:
+        raise ValueError('correction="null" is not defined with align=True: shuffled weights have no neurons')
+    orders = _matched(block) if align else None
+    R = _sum_of_projections(
+        block,
+        projection_weights,
+        lambda projection: projection_nmi(
+            block[projection],
+            bins=bins,
+            n_jobs=n_jobs,
+            name=projection,
+            correction=None if correction == "null" else correction,
+            orders=orders,
+        ),
+    )
+    if correction == "null":
+        R -= null_nmi(
+            block, NULL_DRAWS, bins=bins, projection_weights=projection_weights, n_jobs=n_jobs
+        ).mean(0)
+    return R
+
+
+def null_nmi(
+    block: Mapping[str, object],
+    draws: int,
+    *,
+    bins: str | int = "auto",
+    projection_weights: Mapping[str, float] | None = None,
+    n_jobs: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """NMI of every pair with the second expert's weights shuffled: what unrelated experts would score.
+
+    Parameters
+    ----------
+    block, bins, projection_weights, n_jobs
+        As in :func:`nmi_matrix`.
+    draws : int
+        Number of shuffles.
+    seed : int
+        Of the shuffles.
+
+    Returns
+    -------
+    ndarray of float64, shape (draws, E, E)
+        Each symmetric, zero diagonal.
+    """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: shuffle once or more")
+    return np.stack(
+        [
+            _sum_of_projections(
+                block,
+                projection_weights,
+                lambda projection, draw=draw: projection_nmi(
+                    block[projection], bins=bins, n_jobs=n_jobs, name=projection, shuffle=(seed, draw)
+                ),
+            )
+            for draw in range(draws)
+        ]
+    )
+
+
+def nmi_zscores(
+    block: Mapping[str, object],
+    *,
+    draws: int = 20,
+    bins: str | int = "auto",
+    projection_weights: Mapping[str, float] | None = None,
+    n_jobs: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """How many standard deviations the NMI of every pair lies above that of shuffled weights.
+
+    Parameters
+    ----------
+    block, bins, projection_weights, n_jobs
+        As in :func:`nmi_matrix`.
+    draws : int
+        Shuffles, 2 or more, that mean and standard deviation of each pair are taken over.
+    seed : int
+        Of the shuffles.
+
+    Returns
+    -------
+    ndarray of float64, shape (E, E)
+        Symmetric, zero diagonal.
+    """
+    if draws < 2:
+        raise ValueError(f"draws is {draws}: a standard deviation needs 2 shuffles or more")
+    options = {"bins": bins, "projection_weights": projection_weights, "n_jobs": n_jobs}
+    null = null_nmi(block, draws, seed=seed, **options)
+    spread = null.std(axis=0, ddof=1)
+    np.fill_diagonal(spread, 1)
+    return (nmi_matrix(block, **options) - null.mean(axis=0)) / spread
+
+
+def match_neurons(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Order the hidden neurons of the second expert so that they are as near as can be to those of the first.
+
+    Parameters
+    ----------
+    first, second : ndarray, shape (m, n)
+        Weights of m neurons.
+
+    Returns
+    -------
+    ndarray of int, shape (m,)
+        Of all orders, ``second[order]`` has the largest inner product with `first`.
+
+    References
+    ----------
+    Weight matching, doi:10.48550/arXiv.2209.04836.
+    """
+    return linear_sum_assignment(first @ second.T, maximize=True)[1]
+
+
+def _matched(block: Mapping[str, object]) -> dict[tuple[int, int], np.ndarray]:
+    """For each pair of experts, the order of the second one's neurons."""
+    if set(block) - set(_NEURON_AXIS):
+        raise ValueError(
+            f"align=True knows the neurons of gate, up and down, the block has {', '.join(block)}"
+        )
+    experts = len(next(iter(block.values()), ()))
+    neurons = [
+        np.concatenate(
+            [np.moveaxis(_as_float(part[expert]), _NEURON_AXIS[name], 0) for name, part in block.items()],
+            axis=1,
+        )
+        for expert in range(experts)
+    ]
+    return {(i, j): match_neurons(neurons[i], neurons[j]) for i, j in combinations(range(experts), 2)}
+
+
+def _sum_of_projections(
+    block: Mapping[str, object],
+    projection_weights: Mapping[str, float] | None,
+    measure: Callable[[str], np.ndarray],
+) -> np.ndarray:
+    """Add up what is measured of every projection, by their weights."""
     if not len(block):
         raise ValueError("the block is empty: it has no projection")
     shares = _normalised(projection_weights, list(block))
     R = None
     for projection in block:
         # Looked up one at a time: a block may read its projections from disk.
-        part = projection_nmi(block[projection], bins=bins, n_jobs=n_jobs, name=projection)
+        part = measure(projection)
         if R is None:
             R = np.zeros_like(part)
         if len(part) != len(R):
@@ -186,7 +349,14 @@ def nmi_matrix(
 
 
 def projection_nmi(
-    weights: object, *, bins: str | int = "auto", n_jobs: int | None = None, name: str = "weights"
+    weights: object,
+    *,
+    bins: str | int = "auto",
+    n_jobs: int | None = None,
+    name: str = "weights",
+    correction: str | None = None,
+    orders: Mapping[tuple[int, int], np.ndarray] | None = None,
+    shuffle: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """NMI of all pairs of experts for one projection.
 
@@ -198,6 +368,12 @@ def projection_nmi(
         As in :func:`nmi_matrix`.
     name : str
         What error messages call the projection.
+    correction : {None, "miller-madow"}
+        As in :func:`nmi_matrix`.
+    orders : mapping of (int, int) to ndarray, optional
+        For each pair, the order of the second expert's hidden neurons.
+    shuffle : (int, int), optional
+        Seed and number of a draw: every second expert's weights are shuffled.
 
     Returns
     -------
@@ -218,13 +394,35 @@ def projection_nmi(
         elements = {a.codes.size for a in coded}
         if len(elements) > 1:
             raise ValueError(f"{name}: the experts have different sizes, {sorted(elements)} weights")
+        second = coded
+        if shuffle is not None:
+            second = [
+                a._replace(codes=np.random.default_rng([*shuffle, expert]).permutation(a.codes))
+                for expert, a in enumerate(coded)
+            ]
+
+        def of_group(group: list[tuple[int, int]]) -> list[float]:
+            pairs = [(coded[i], second[j]) for i, j in group]
+            if orders is not None:
+                axis = _NEURON_AXIS[name]
+                pairs = [
+                    (a, _ordered(b, np.shape(weights[j]), orders[i, j], axis))
+                    for (a, b), (i, j) in zip(pairs, group, strict=True)
+                ]
+            if correction == "miller-madow":
+                return _corrected(pairs)
+            return [
+                _normalise(a.entropy, b.entropy, joint, "geometric")
+                for (a, b), joint in zip(pairs, _joint_entropies(pairs), strict=True)
+            ]
+
         # A pair is one thread's from beginning to end, so that the number of threads changes no sum.
         pairs = list(combinations(range(experts), 2))
         size = math.ceil(len(pairs) / 256)
         groups = [pairs[start : start + size] for start in range(0, len(pairs), size or 1)]
-        for group, joint in zip(groups, pool.map(lambda g: _joint_entropies(coded, g), groups), strict=True):
-            for (i, j), entropy in zip(group, joint, strict=True):
-                R[i, j] = R[j, i] = _normalise(coded[i].entropy, coded[j].entropy, entropy, "geometric")
+        for group, values in zip(groups, pool.map(of_group, groups), strict=True):
+            for (i, j), value in zip(group, values, strict=True):
+                R[i, j] = R[j, i] = value
     return R
 
 
@@ -259,7 +457,7 @@ def discretise(weights: object, bins: str | int = "auto") -> Codes:
 
 def joint_entropy(a: Codes, b: Codes) -> float:
     """H(X,Y) in nats (eq. 4) of two discretised matrices with equally many elements."""
-    return _joint_entropies([a, b], [(0, 1)])[0]
+    return _joint_entropies([(a, b)])[0]
 
 
 def auto_bins(size: int, extent: float, iqr: float) -> int:
@@ -354,17 +552,40 @@ def _normalise(hx: float, hy: float, joint: float, normalizer: str) -> float:
     return min(max(hx + hy - joint, 0.0) / NORMALIZERS[normalizer](hx, hy), 1.0)
 
 
-def _joint_entropies(coded: list[Codes], pairs: list[tuple[int, int]]) -> list[float]:
+def _ordered(a: Codes, shape: tuple[int, ...], order: np.ndarray, axis: int) -> Codes:
+    return a._replace(codes=np.take(a.codes.reshape(shape), order, axis=axis).reshape(-1))
+
+
+def _corrected(pairs: list[tuple[Codes, Codes]]) -> list[float]:
+    """NMI of pairs with (K - 1) / 2N added to each of the three entropies of K occupied cells."""
+    found = []
+    for (a, b), joint in zip(pairs, _joint_entropies(pairs), strict=True):
+        kx, ky, twice = a.counts.size, b.counts.size, 2 * a.codes.size
+        hx, hy = a.entropy + (kx - 1) / twice, b.entropy + (ky - 1) / twice
+        joint += (_occupied_cells(a.codes, b.codes, ky) - 1) / twice
+        found.append((hx + hy - joint) / math.sqrt(hx * hy))
+    return found
+
+
+def _occupied_cells(x: np.ndarray, y: np.ndarray, ky: int) -> int:
+    """Count the cells of the joint histogram that are not empty."""
+    cells = x.astype(np.int64) * ky
+    cells += y
+    cells.sort()
+    return 1 + int(np.count_nonzero(cells[1:] != cells[:-1]))
+
+
+def _joint_entropies(pairs: list[tuple[Codes, Codes]]) -> list[float]:
     """H(X,Y) of pairs, with one table for all of them."""
-    shapes = [(coded[i].counts.size, coded[j].counts.size) for i, j in pairs]
+    shapes = [(a.counts.size, b.counts.size) for a, b in pairs]
     # Where the joint histogram has more cells than the table, as many of its rows at a time as fit.
     rows = [max(min(kx, TABLE_CELLS // ky), 1) for kx, ky in shapes]
     table = np.zeros(max(band * ky for band, (_, ky) in zip(rows, shapes, strict=True)), dtype=np.uint16)
-    size = coded[pairs[0][0]].codes.size
+    size = pairs[0][0].codes.size
     wraps = np.empty((size >> 16) + 1, dtype=np.uint64)
     return [
-        _entropy(_joint_sum(coded[i].codes, coded[j].codes, kx, ky, band, table, wraps, _XLOGX), size)
-        for (i, j), (kx, ky), band in zip(pairs, shapes, rows, strict=True)
+        _entropy(_joint_sum(a.codes, b.codes, kx, ky, band, table, wraps, _XLOGX), size)
+        for (a, b), (kx, ky), band in zip(pairs, shapes, rows, strict=True)
     ]
 
 
@@ -390,6 +611,13 @@ def _as_array(weights: object) -> tuple[np.ndarray, bool]:
     if array.dtype not in (np.float32, np.float64):
         raise ValueError(f"the weights are {array.dtype}: give float64, float32, float16 or bfloat16")
     return array, False
+
+
+def _as_float(weights: object) -> np.ndarray:
+    """Weights as an array of float32 or float64, of their own shape."""
+    array, bfloat16 = _as_array(weights)
+    values = _patterns_as_float32(array, bfloat16) if array.itemsize == 2 else array
+    return values.reshape(np.shape(weights))
 
 
 def _patterns_as_float32(patterns: np.ndarray, bfloat16: bool) -> np.ndarray:
