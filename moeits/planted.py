@@ -45,6 +45,23 @@ def random_experts(
     }
 
 
+def related_experts(rng: np.random.Generator, shares: Sequence[float], *, neurons: int, width: int) -> Block:
+    """Draw experts that have more or less in common: each mixes one common expert with its own weights.
+
+    Parameters
+    ----------
+    rng : Generator
+        Source of the draws.
+    shares : sequence of float
+        For each expert its correlation with the common one, in [0, 1]; two experts correlate by the product.
+    neurons, width : int
+        As in :func:`random_experts`.
+    """
+    drawn = random_experts(rng, experts=len(shares) + 1, neurons=neurons, width=width)
+    common = np.asarray(shares, dtype=np.float32)[:, None, None]
+    return {name: common * w[-1] + np.sqrt(1 - common**2) * w[:-1] for name, w in drawn.items()}
+
+
 def output(block: Mapping[str, np.ndarray], expert: int, x: np.ndarray) -> np.ndarray:
     """Compute what an expert does to tokens: down (silu(gate x) * up x), in float64.
 

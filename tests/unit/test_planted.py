@@ -34,6 +34,14 @@ def test_shapes_and_heavier_tails(rng):
     assert np.abs(heavy["up"]).max() > 2 * np.abs(normal["up"]).max()
 
 
+def test_related_experts_correlate_by_the_product_of_their_shares(rng):
+    block = planted.related_experts(rng, [0, 0.5, 0.8], neurons=60, width=80)
+    correlation = np.corrcoef(block["down"].reshape(3, -1))
+    expected = [[1, 0, 0], [0, 1, 0.4], [0, 0.4, 1]]
+    np.testing.assert_allclose(correlation, expected, atol=0.05)
+    assert block["down"].std() == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize("change", ["permute", "rescale"])
 def test_a_disguised_expert_computes_the_same(rng, block, tokens, change):
     argument = rng.permutation(12) if change == "permute" else np.exp(rng.standard_normal(12))
