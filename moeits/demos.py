@@ -9,6 +9,7 @@ from math import log, sqrt
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from moeits import planted
 from moeits.nmi import discretise, joint_entropy, nmi, nmi_matrix
@@ -328,25 +329,30 @@ def null_layers(
     Returns
     -------
     DataFrame
-        layer; experts (real, shuffled or fresh); mean and sd of the NMI over pairs, spread = sd / mean; kept.
+        layer; experts (real, shuffled or fresh); mean and sd of the NMI over pairs, spread = sd / mean; kept
+        experts, of how many; rank correlation of the pairs' NMI with the real one; experts kept in both.
     """
     rows = []
     for layer, block in blocks:
         real = {name: _array(weights) for name, weights in block.items()}
         rng = np.random.default_rng([seed, layer])
         kinds = {"real": real, "shuffled": planted.shuffled(rng, real), "fresh": planted.fresh(rng, real)}
+        found = {}
         for kind, weights in kinds.items():
             R = nmi_matrix(weights, n_jobs=1)
             pairs = R[np.triu_indices_from(R, 1)]
-            kept = len(select_experts(R, tau, diagonal=diagonal, at_least=at_least).kept)
+            kept = set(select_experts(R, tau, diagonal=diagonal, at_least=at_least).kept)
+            found[kind] = (pairs, kept)
             rows.append(
                 {
                     "layer": layer,
                     "experts": kind,
                     "mean": pairs.mean(),
                     "sd": pairs.std(ddof=1),
-                    "kept": kept,
+                    "kept": len(kept),
                     "of": len(R),
+                    "correlation": spearmanr(found["real"][0], pairs).statistic,
+                    "same_kept": len(found["real"][1] & kept),
                 }
             )
     return pd.DataFrame(rows).assign(spread=lambda table: table.sd / table["mean"])
