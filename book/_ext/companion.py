@@ -134,10 +134,16 @@ class AllFigures(_Shown):
         ]
 
 
+def skip_fields(_app: Sphinx, _what: str, _name: str, obj: Any, skip: bool, _options: Any) -> bool | None:
+    """Leave out what named tuples say of their fields, which the class's docstring describes."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else skip or None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect to Sphinx."""
     app.add_directive("show", Show)
     app.add_directive("all-figures", AllFigures)
     app.connect("config-inited", configure)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", launch_committed, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
