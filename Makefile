@@ -10,7 +10,7 @@ OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test book ablation rivals bench reference clean
+.PHONY: help env lock lint format test book book-student ablation rivals bench reference clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ lock: ## resolve the two locks anew from pyproject.toml
 
 book: env ## run the pipeline and the notebooks of PROFILE and render book/_build/html/index.html
 	$(RUN)moeits run --profile $(PROFILE)
+
+book-student: env ## the same without the solutions of the exercises, as book/_build/student/index.html
+	$(RUN)moeits run --profile $(PROFILE) --student
 
 test: env lint ## run every test: package, notebooks and book in the smoke profile
 	$(RUN)python -m pytest

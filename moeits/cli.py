@@ -115,7 +115,10 @@ def evaluate(
 @click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
 @click.option("--target", help="Page of the book that the notebook makes.  [default: its name]")
 @click.option("-p", "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="Of the notebook.")
-def run(notebook: str | None, profile: str, target: str | None, parameters: tuple[str, ...]) -> None:
+@click.option("--student", is_flag=True, help="Render the book without the solutions of its exercises.")
+def run(
+    notebook: str | None, profile: str, target: str | None, parameters: tuple[str, ...], student: bool
+) -> None:
     """Run NOTEBOOK, or without it everything: measurements, notebooks and the book of a profile."""
     import yaml
 
@@ -126,7 +129,11 @@ def run(notebook: str | None, profile: str, target: str | None, parameters: tupl
         if notebook is None:
             if parameters or target:
                 raise click.UsageError("--parameter and --target belong to a NOTEBOOK")
-            click.echo(f"the book is at {run_profile(profiles.load(profile), say=click.echo)}")
+            click.echo(
+                f"the book is at {run_profile(profiles.load(profile), student=student, say=click.echo)}"
+            )
+        elif student:
+            raise click.UsageError("--student belongs to the book, not to a NOTEBOOK")
         else:
             given = {"profile": profile}
             for parameter in parameters:

@@ -1,6 +1,7 @@
 """The paper's own figures: Tables 2 to 4 as printed (arXiv 2604.10603, CC BY 4.0), averages recomputed."""
 
 import pandas as pd
+import yaml
 
 from moeits.paths import DATA
 
@@ -74,3 +75,15 @@ def margins(number: int) -> pd.DataFrame:
             "lead_without_hellaswag": differences.drop(columns="hellaswag").mean(axis=1),
         }
     ).reset_index()
+
+
+def models() -> dict[str, dict]:
+    """Read the shapes of the paper's models from ``data/paper/models.yaml``.
+
+    Returns
+    -------
+    dict of str to dict
+        By the names of :data:`TABLES`: ``checkpoint`` on the hub, ``citation``, and ``config``, the settings
+        that fix the number of parameters.
+    """
+    return yaml.safe_load((DATA / "paper" / "models.yaml").read_text(encoding="utf-8"))

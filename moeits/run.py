@@ -29,6 +29,7 @@ from moeits.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.profiles import Profile
 from moeits.records import digest, file_digest, lock_digest
 
+SOLUTIONS = "Solutions"  # the part of the contents that the students' book leaves out
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)} | {"Literal": Literal}
 
 
@@ -315,8 +316,16 @@ def _execute(
     return executed
 
 
-def toc_pages(book: Path) -> list[str]:
-    """Names of the pages in a book's ``_toc.yml``, in order, without suffix."""
+def contents(book: Path, *, student: bool = False) -> dict[str, Any]:
+    """Read a book's ``_toc.yml``; for students, without the part called Solutions."""
+    toc = yaml.safe_load((Path(book) / "_toc.yml").read_text())
+    if student:
+        toc["parts"] = [part for part in toc["parts"] if part["caption"] != SOLUTIONS]
+    return toc
+
+
+def toc_pages(book: Path, *, student: bool = False) -> list[str]:
+    """Names of the pages in a book's table of contents, in order, without suffix."""
 
     def walk(node: Any) -> Iterator[str]:
         if isinstance(node, list):
@@ -329,10 +338,10 @@ def toc_pages(book: Path) -> list[str]:
                 else:
                     yield from walk(value)
 
-    return list(walk(yaml.safe_load((book / "_toc.yml").read_text())))
+    return list(walk(contents(book, student=student)))
 
 
-def build_book(book: Path = BOOK, *, force: bool = False) -> Path:
+def build_book(book: Path = BOOK, *, student: bool = False, force: bool = False) -> Path:
     """Render the book as HTML, every warning an error.
 
     Nothing is executed: the notebooks' pages are what :func:`run_notebook` left. The book is built apart and
@@ -342,13 +351,15 @@ def build_book(book: Path = BOOK, *, force: bool = False) -> Path:
     ----------
     book : Path
         Folder with ``_config.yml`` and ``_toc.yml``.
+    student : bool
+        Leave the solutions of the exercises out.
     force : bool
         Build even if nothing has changed since the last time.
 
     Returns
     -------
     Path
-        ``_build/html/index.html`` in `book`.
+        ``_build/html/index.html`` in `book`, for students ``_build/student/index.html``.
 
     Raises
     ------
@@ -360,8 +371,8 @@ def build_book(book: Path = BOOK, *, force: bool = False) -> Path:
         If the builder warns or fails.
     """
     book = Path(book)
-    html = book / "_build" / "html"
-    places = [book, ROOT / "moeits", *_check_pages(book)]  # the package, for its docstrings
+    html = book / "_build" / ("student" if student else "html")
+    places = [book, ROOT / "moeits", *_check_pages(book, student)]  # the package, for its docstrings
     inputs = digest([lock_digest(), os.environ.get("MOEITS_REPOSITORY"), _contents(places)])
     stamp = html / ".inputs"
     if not force and stamp.exists() and stamp.read_text() == inputs:
@@ -370,6 +381,10 @@ def build_book(book: Path = BOOK, *, force: bool = False) -> Path:
         built = part.with_name("out")
         command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(book)]
         options = ["-n", "-W", "--keep-going", "--path-output", str(built)]
+        if student:
+            toc = part.with_name("_toc.yml")
+            toc.write_text(yaml.safe_dump(contents(book, student=True), sort_keys=False))
+            options += ["--toc", str(toc)]
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
         built = built / "_build" / "html"
         if done.returncode or not (built / "index.html").exists():
@@ -382,11 +397,11 @@ def build_book(book: Path = BOOK, *, force: bool = False) -> Path:
     return html / "index.html"
 
 
-def _check_pages(book: Path) -> list[Path]:
+def _check_pages(book: Path, student: bool = False) -> list[Path]:
     """Check that every page exists and no label is used twice; return the folders of the pages' figures."""
     owners: dict[str, str] = {}
     folders = set()
-    for name in toc_pages(book):
+    for name in toc_pages(book, student=student):
         page = next((path for kind in (".md", ".ipynb") if (path := book / f"{name}{kind}").exists()), None)
         if page is None:
             raise FileNotFoundError(
@@ -407,6 +422,7 @@ def _check_pages(book: Path) -> list[Path]:
 def run_profile(
     profile: Profile,
     *,
+    student: bool = False,
     book: Path = BOOK,
     figures: Path = DATA / "figures",
     say: Callable[[str], None] = print,
@@ -420,6 +436,8 @@ def run_profile(
     ----------
     profile : Profile
         The settings.
+    student : bool
+        Render the students' book, without the solutions.
     book, figures : Path
         Folders of the book's source and of the figures.
     say : callable
@@ -435,8 +453,12 @@ def run_profile(
     NotebookError, BookError
         As :func:`run_notebook` and :func:`build_book`.
     """
-    steps = [*pipeline.steps(profile), *comparison.steps(profile), *_page_steps(profile, book, figures)]
-    steps.append(pipeline.Step("book", "rendering the book", partial(build_book, book)))
+    steps = [
+        *pipeline.steps(profile),
+        *comparison.steps(profile),
+        *_page_steps(profile, book, figures, student),
+    ]
+    steps.append(pipeline.Step("book", "rendering the book", partial(build_book, book, student=student)))
     spent: dict[str, float] = {}
     for number, step in enumerate(steps, start=1):
         say(f"[{number:2}/{len(steps)}] {step.label}")
@@ -452,10 +474,10 @@ def run_profile(
     return index
 
 
-def _page_steps(profile: Profile, book: Path, figures: Path) -> Iterator[pipeline.Step]:
+def _page_steps(profile: Profile, book: Path, figures: Path, student: bool) -> Iterator[pipeline.Step]:
     """One step for each page of the table of contents that a notebook makes."""
     models = {model.page: (name, model) for name, model in profile.models.items()}
-    for page in toc_pages(book):
+    for page in toc_pages(book, student=student):
         folder, _, target = page.rpartition("/")
         if folder != "notebooks":
             continue

@@ -1,14 +1,21 @@
-"""What this book adds to Jupyter Book: MathJax from its own folder, launch buttons that find the notebook."""
+"""What this book adds to Jupyter Book.
+
+MathJax from its own folder, launch buttons that find the notebook, and a list of all figures and tables.
+"""
 
 import ast
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.util.docutils import SphinxDirective
 
 
 def repository_url(folder: Path) -> str:
@@ -46,8 +53,97 @@ def launch_committed(
                 button["url"] = button["url"].replace(f"{pagename}.ipynb", f"notebooks/{committed}")
 
 
+class _Shown(SphinxDirective):
+    """What both directives know: where the side file of a figure or table lies."""
+
+    required_arguments = 1
+
+    def notebook(self, page: str) -> dict[str, Any]:
+        """Read an executed page."""
+        return json.loads((Path(self.env.srcdir) / f"{page}.ipynb").read_text(encoding="utf-8"))
+
+    def side(self, page: str, label: str) -> tuple[dict[str, Any], str]:
+        """Read the side file of a page's figure or table; also give its folder, seen from this page."""
+        text = "".join("".join(cell["source"]) for cell in self.notebook(page)["cells"])
+        place = re.search(rf"<([^<>]*/){re.escape(label)}\.\w+>", text)[1]
+        folder = (Path(self.env.srcdir) / page).parent / place
+        here = Path(self.env.doc2path(self.env.docname)).parent
+        return json.loads((folder / f"{label}.json").read_text(encoding="utf-8")), os.path.relpath(
+            folder, here
+        )
+
+
+class Show(_Shown):
+    """Show a figure of another page once more, without number: ``{show} notebooks/PAGE fig-NAME``."""
+
+    required_arguments = 2
+
+    def run(self) -> list[nodes.Node]:
+        """Write an image with its alternative text."""
+        page, label = self.arguments
+        side, seen = self.side(page, label)
+        self.env.note_reread()
+        return [nodes.image(uri=Path(seen, f"{label}.svg").as_posix(), alt=side["alt"])]
+
+
+class AllFigures(_Shown):
+    """List every figure or table of the executed pages, in the order of the contents, from their side files.
+
+    ``{all-figures} fig`` or ``{all-figures} tab``: number, caption, label, page, files and records.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        """Write the entries in Markdown and have them parsed."""
+        self.env.note_reread()
+        lines = []
+        for page in self._pages():
+            for label in self.notebook(page)["metadata"].get("moeits", {}).get("labels", ()):
+                if label.startswith(f"{self.arguments[0]}-"):
+                    lines += self._entry(page, label)
+        listed = nodes.container(classes=["moeits-list"])
+        self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, listed)
+        return [listed]
+
+    def _pages(self) -> list[str]:
+        """List the executed pages in the order of the contents."""
+        toc = self.env.external_site_map
+        found = toc.root and [toc.root.docname, *self._below(toc, toc.root)]
+        return [page for page in found if (Path(self.env.srcdir) / f"{page}.ipynb").exists()]
+
+    def _below(self, toc: Any, document: Any) -> list[str]:
+        names = []
+        for tree in document.subtrees:
+            for item in tree.items:
+                if item in toc:
+                    names += [str(item), *self._below(toc, toc[item])]
+        return names
+
+    def _entry(self, page: str, label: str) -> list[str]:
+        side, seen = self.side(page, label)
+        files = " · ".join(
+            f"{{download}}`{file.rpartition('.')[2].upper()} <{Path(seen, file).as_posix()}>`"
+            for file in side["files"]
+        )
+        records = ", ".join(f"`{record}`" for record in side["records"]) or "none"
+        return [
+            f"{{numref}}`{label}` (`{label}`, {{doc}}`/{page}`)",
+            f": {side['caption']}",
+            "",
+            f"  {files} · records: {records}",
+            "",
+        ]
+
+
+def skip_fields(_app: Sphinx, _what: str, _name: str, obj: Any, skip: bool, _options: Any) -> bool | None:
+    """Leave out what named tuples say of their fields, which the class's docstring describes."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else skip or None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect to Sphinx."""
+    app.add_directive("show", Show)
+    app.add_directive("all-figures", AllFigures)
     app.connect("config-inited", configure)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", launch_committed, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

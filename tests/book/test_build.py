@@ -2,9 +2,12 @@
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from sample import PROSE, skeleton
 
-from moeits.run import BookError, build_book
+from moeits.cli import main
+from moeits.paths import BOOK, NOTEBOOKS
+from moeits.run import BookError, build_book, toc_pages
 
 NOTEBOOK = "notebooks/sample-two.ipynb"
 
@@ -55,3 +58,18 @@ def test_warning_is_an_error_and_keeps_the_last_book(tmp_path):
 
     (book / "index.md").write_text("# Start\n\nSomething else.\n")
     assert "Something else" in build_book(book).read_text()
+
+
+def test_the_students_contents_lack_the_solutions_alone():
+    assert set(toc_pages(BOOK)) - set(toc_pages(BOOK, student=True)) == {"notebooks/solutions"}
+
+
+def test_no_page_of_the_students_links_to_the_solutions():
+    sources = [*BOOK.glob("*.md"), *NOTEBOOKS.glob("*.ipynb")]
+    assert [path.name for path in sources if "notebooks/solutions`" in path.read_text()] == []
+
+
+def test_only_the_book_has_a_students_form():
+    result = CliRunner().invoke(main, ["run", "prune", "--student"])
+    assert result.exit_code == 2
+    assert "--student belongs to the book" in result.output

@@ -64,3 +64,11 @@ def test_continuous_integration_runs_the_readmes_command():
 def test_the_folders_it_names_exist():
     for name in re.findall(r"`([a-z]+/)`", README):
         assert Path(ROOT / name).is_dir(), name
+
+
+def test_its_images_exist_and_are_described():
+    images = re.findall(r"!\[(.*?)\]\((.*?)\)", README)
+    assert images
+    for alt, path in images:
+        assert len(alt) > 20
+        assert (ROOT / path).is_file()

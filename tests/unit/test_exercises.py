@@ -1,0 +1,52 @@
+"""The solutions pass the checks, the unsolved exercises do not, and neither do plausible mistakes."""
+
+import nbformat
+import numpy as np
+import pytest
+
+from moeits import exercises
+from moeits.paths import NOTEBOOKS
+
+
+def answers(name):
+    """Names and functions of a notebook of exercises, from its code cells in order."""
+    scope = {}
+    for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code" and not cell.id.endswith("-check"):
+            exec(cell.source, scope)
+    return {name: scope[name] for name in exercises.EXERCISES}
+
+
+@pytest.mark.parametrize("name", exercises.EXERCISES)
+def test_the_solution_is_right(name, capsys):
+    assert exercises.check(name, answers("solutions")[name]), capsys.readouterr().out
+    assert capsys.readouterr().out == f"{name}: right\n"
+
+
+@pytest.mark.parametrize("name", exercises.EXERCISES)
+def test_the_unsolved_exercise_is_not_yet_right(name, capsys):
+    assert not exercises.check(name, answers("exercises")[name])
+    assert f"{name}: not yet." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "says"),
+    [
+        ("entropy", lambda counts: -sum(c * np.log2(c) for c in counts if c), r"counts [1, 1] it gives"),
+        ("entropy", lambda _: 1 / 0, "raised ZeroDivisionError"),
+        ("weights", lambda *_: np.ones(6) / 6, "it gives"),
+        ("selection", lambda R, _: range(len(R)), "it keeps"),
+        ("correction", lambda *_: 0.0, "takes too much away"),
+        ("disguise", lambda block: block, "does not compute"),
+        ("lead", lambda *_: 0.0, "expected is"),
+        ("budget", lambda *_: 1.0, "can be had"),
+    ],
+)
+def test_a_mistake_is_told(name, answer, says, capsys):
+    assert not exercises.check(name, answer)
+    assert says in capsys.readouterr().out
+
+
+def test_an_unknown_exercise_names_the_known_ones():
+    with pytest.raises(ValueError, match="no exercise 'x': there are entropy"):
+        exercises.check("x", len)
