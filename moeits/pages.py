@@ -103,7 +103,8 @@ def find_record(record: str, folder: Path) -> Path:
     ValueError
         If neither the folder nor its subfolders hold it.
     """
-    path = next(Path(folder).rglob(f"*-{record}.json"), None)
+    # What was measured here, in results, goes before the copy in reference.
+    path = max(Path(folder).rglob(f"*-{record}.json"), default=None)
     if path is None:
         raise ValueError(f"a figure or table names the record {record!r}, which is not in {folder}")
     return path

@@ -225,6 +225,27 @@ def load(folder: Path, step: str | None = None) -> list[Record]:
     return [read(path) for path in sorted(Path(folder).glob(f"{step or '*'}-*.json"))]
 
 
+def latest(step: str, *folders: Path) -> Record:
+    """Newest record of a step in the first of some folders that has one.
+
+    Parameters
+    ----------
+    step : str
+        Name of the step.
+    *folders : Path
+        Folders of records.
+
+    Raises
+    ------
+    FileNotFoundError
+        If none has one.
+    """
+    for folder in folders:
+        if paths := list(Path(folder).glob(f"{step}-*.json")):
+            return read(max(paths, key=lambda path: path.stat().st_mtime))
+    raise FileNotFoundError(f"there is no record of the step {step!r}: measure it first (see `make help`)")
+
+
 def frame(records: Iterable[Record]) -> pd.DataFrame:
     """Tabulate the rows of records; each row names its record and step."""
     rows = [{"record": record.id, "step": record.step} | row for record in records for row in record.rows]

@@ -146,7 +146,7 @@ def run_notebook(
     notebooks: Path = NOTEBOOKS,
     pages: Path = BOOK / "notebooks",
     figures: Path = DATA / "figures",
-    records: Path = DATA / "results",
+    records: Path = DATA,
     depends: Iterable[Path] = (),
     force: bool = False,
 ) -> Path:
