@@ -31,6 +31,7 @@ from moeits import records
 from moeits.checkpoint import expert_blocks
 from moeits.nmi import discretise, projection_nmi
 from moeits.paths import DATA, ROOT
+from moeits.standin import heavy_tailed
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,12 @@ KINDS = {"normal": False, "heavy-tailed": True}
 
 def random_weights(shape: tuple[int, ...], heavy: bool, generator: torch.Generator) -> torch.Tensor:
     """Independent weights: normal, or Student's t with 4 degrees of freedom and outliers at 50 sigma."""
-    weights = torch.randn(shape, generator=generator)
     if heavy:
-        # Chi squared with 4 degrees of freedom is -2 log(u v).
-        uniform = torch.rand((2, *shape), generator=generator).clamp_min_(1e-12)
-        weights *= torch.sqrt(2 / -uniform.log_().sum(0))
+        weights = heavy_tailed(shape, generator, scale=1)
         outliers = torch.randint(weights.numel(), (max(weights.numel() >> 20, 2),), generator=generator)
         weights.view(-1)[outliers] = 50 * weights.std() * weights.view(-1)[outliers].sign()
+    else:
+        weights = torch.randn(shape, generator=generator)
     return (0.02 * weights).bfloat16()
 
 

@@ -506,6 +506,43 @@ def _print_sizes(folder: Path, kept: Path | None = None) -> None:
 
 
 @main.command()
+@click.argument("name")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--layers", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--shrink", type=click.IntRange(1), default=1, show_default=True, help="Divisor of the widths.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def standin(name: str, output: Path, layers: int, shrink: int, seed: int) -> None:
+    """Make a stand-in for a model of the paper: its shapes and names, few layers, random weights.
+
+    NAME is mixtral-8x7b, qwen1.5-moe or deepseek-v2-lite.
+    """
+    from moeits.standin import standin as make
+
+    click.echo(make(name, output, layers=layers, shrink=shrink, seed=seed))
+
+
+@main.command()
+@click.argument("first", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("second", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV of the whole table.")
+def compare(first: Path, second: Path, output: Path | None) -> None:
+    """Compare the records in folder FIRST with those in SECOND: two machines, or two runs."""
+    from moeits.machines import compare_records, provenance_differences
+    from moeits.paths import whole
+
+    table = compare_records(first, second)
+    for what, values in provenance_differences(first, second).items():
+        click.echo(f"{what}: {' | '.join(values)}")
+    shown = table.drop(columns=["step"]).astype(object).where(table.notna(), "")
+    click.echo(shown.to_string(index=False, float_format="{:.4g}".format))
+    for verdict, count in table.verdict.value_counts().items():
+        click.echo(f"{verdict}: {count}")
+    if output is not None:
+        with whole(output) as part:
+            table.to_csv(part, index=False)
+
+
+@main.command()
 def families() -> None:
     """List the model families that can be pruned, and those that cannot, with the reason."""
     from moeits.families import REFUSED, families_table

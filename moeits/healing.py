@@ -24,7 +24,7 @@ from moeits.families import MoELayer, decoder_layers, moe_layers
 from moeits.paths import whole
 from moeits.profiles import Recipe
 from moeits.records import digest
-from moeits.unstack import ExpertList
+from moeits.unstack import ExpertList, experts_name, replace_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -154,7 +154,7 @@ def adapters(model: "PreTrainedModel", recipe: Recipe) -> Iterator[Adapted]:
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     for layer in layers:
-        _replace(model, layer, ExpertList(layer))
+        replace_experts(model, layer, ExpertList(layer))
     maps = _linear_maps(prefix, decoder, layers)
     chosen = {part: maps[part] for part in targets(recipe.preset, model.config.get_text_config().model_type)}
     routers = chosen.pop("router", [])
@@ -182,19 +182,10 @@ def adapters(model: "PreTrainedModel", recipe: Recipe) -> Iterator[Adapted]:
             tuner.unload()
         vars(decoder).pop("peft_config", None)
         for layer in layers:
-            separate = model.get_submodule(_experts_name(layer))
-            _replace(model, layer, separate.stack(layer.transposed) if merged else separate.stacked)
+            separate = model.get_submodule(experts_name(layer))
+            replace_experts(model, layer, separate.stack(layer.transposed) if merged else separate.stacked)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen[name])
-
-
-def _experts_name(layer: MoELayer) -> str:
-    return next(iter(layer.tensors)).rpartition(".")[0]
-
-
-def _replace(model: nn.Module, layer: MoELayer, experts: nn.Module) -> None:
-    owner, _, key = _experts_name(layer).rpartition(".")
-    setattr(model.get_submodule(owner), key, experts)
 
 
 def _check_adapted(decoder: nn.Module, wanted: Mapping[str, Sequence[str]], rank: int) -> dict[str, int]:

@@ -28,6 +28,7 @@ _SOURCES = {
     "miniature": ("miniature", "refit", "corpus", "devices"),
     "nmi": ("nmi", "checkpoint", "families"),
     "scores": ("evaluation", "shared_prefix", "corpus", "devices", "families", "surgery", "selection"),
+    "green": ("green", "families", "surgery", "unstack"),
     "healing": ("healing", "refit", "unstack", "corpus", "devices", "families", "surgery", "selection"),
 }
 
@@ -292,6 +293,52 @@ class Study:
             rows.append(records.row(**common, task="lora", metric="training text", **tokens))
         return rows, details
 
+    def green(self) -> Record:
+        """Record of what the model costs at its own tau: memory, bytes, speed, energy, by variant."""
+        from moeits.green import VARIANTS
+
+        profile = self.profile
+        tau = profile.model(self.name).tau
+        device, dtype, _ = devices.choose(profile.device, profile.dtype)
+        settings = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        kept = self._kept(tau)
+        inputs = settings | {
+            "fingerprint": self.fingerprint,
+            "kept": {str(layer): ids for layer, ids in kept.items()},
+            "variants": [name for name in VARIANTS if name != "int8" or device.type == "cpu"],
+            "source": _source("green"),
+            "lock": records.lock_digest(),
+        }
+
+        def measure() -> tuple[list[dict], dict]:
+            from moeits.green import compare_costs
+
+            found = compare_costs(self.folder, kept, variants=inputs["variants"], **settings)
+            units = {
+                "file_bytes": "bytes",
+                "memory_bytes": "bytes",
+                "multiply_adds": "1/token",
+                "prefill": "token/s",
+                "decode": "token/s",
+                "joules": "J/token",
+            }
+            rows = [
+                records.row(
+                    model=self.name,
+                    method=costs["variant"],
+                    tau=tau,
+                    metric=metric,
+                    value=costs[metric],
+                    unit=unit,
+                )
+                for costs in found
+                for metric, unit in units.items()
+                if costs[metric] is not None
+            ]
+            return rows, {}
+
+        return self._remember("green", inputs, measure, **settings)
+
     def _load(self, folder: Path, dtype: object) -> "nn.Module":
         """Load a checkpoint to be scored."""
         from moeits.surgery import load_model
@@ -530,6 +577,8 @@ def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
         yield Step(
             "controls", f"{study.name}: random experts", lambda study=study, own=own: study.controls(own)
         )
+        if study.name in profile.green:
+            yield Step("green", f"{study.name}: memory and speed", lambda study=study: study.green())
         for tau, way in study.healings:
             label = f"{study.name}: tau = {tau:g}, {way}"
             yield Step("healing", label, lambda study=study, at=(tau, way): study.healing(*at))

