@@ -196,13 +196,15 @@ class Study:
     @property
     def healings(self) -> list[tuple[float, str]]:
         """Tau and way of everything that the profile heals."""
-        own, ways = self.profile.model(self.name).tau, []
-        if self.profile.refit_tokens:
-            ways.append("refit")
-        if self.profile.healing:
-            ways += ["lora", *(["refit + lora"] if ways else [])]
-        others = self.profile.healed_taus.get(self.name, []) if self.profile.healing else []
-        return [*((own, way) for way in ways), *((tau, "lora") for tau in others if tau != own)]
+        own, found = self.profile.model(self.name).tau, []
+        for tau in self.profile.healed_taus.get(self.name, []):
+            if tau == own and self.profile.refit_tokens:
+                found.append((tau, "refit"))
+            if self.profile.healing:
+                found.append((tau, "lora"))
+            if tau == own and self.profile.refit_tokens and self.profile.healing:
+                found.append((tau, "refit + lora"))
+        return found
 
     def healing(self, tau: float, way: str) -> Record:
         """Record of a healing: seconds and, layer by layer or step by step, what it reached.

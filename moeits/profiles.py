@@ -134,7 +134,7 @@ class Profile(_Strict):
     healing : Recipe, optional
         How pruned models are trained again; without it no model is.
     healed_taus : dict of str to list of float
-        Model -> further taus, besides its own, at which it is healed by LoRA.
+        Model -> taus at which it is healed: at its own in every way, at others by LoRA alone.
     refit_tokens : int
         Tokens of calibration text to which down projections are refitted; 0 for no refit.
     green : list of str
