@@ -226,4 +226,4 @@ def test_select_refuses_what_belongs_to_nmi_matrices(folder):
     arguments = ["select", str(folder), "--criterion", "first", "--tau", "1", "--n-keep", "3"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2
-    assert "--tau, --at-least and --diagonal go with an nmi.npz" in done.output
+    assert "belong to an nmi.npz, not to --criterion" in done.output
