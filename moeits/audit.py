@@ -149,7 +149,8 @@ def _checked(row: Claim) -> Claim:
 
 def frame(claims: list[Claim]) -> pd.DataFrame:
     """Tabulate claims, a row each, in their order."""
-    return pd.DataFrame([claim.model_dump() for claim in claims])
+    table = pd.DataFrame([claim.model_dump() for claim in claims], dtype=object)
+    return table.where(table.notna(), None)
 
 
 def tally(claims: list[Claim]) -> pd.DataFrame:

@@ -206,8 +206,8 @@ def table(
 def glue(name: str, value: Any) -> None:
     """Give a number or a short text a name, by which the pages' prose shows it.
 
-    In the same notebook: ``{glue:text}`NAME:.2f` ``. On any other page:
-    ``{glue:text}`notebooks/PAGE.ipynb::NAME:.2f` ``. What follows the last colon is the format.
+    The role ``glue:text`` takes ``NAME:.2f`` in the same notebook, ``notebooks/PAGE.ipynb::NAME:.2f`` on any
+    other page. What follows the last colon is the format, which other pages must give.
 
     Parameters
     ----------

@@ -32,6 +32,7 @@ def repository_url(folder: Path) -> str:
 def configure(app: Sphinx, config: Config) -> None:
     """Add the vendored files, which Jupyter Book would otherwise load on every page as scripts."""
     config.html_static_path.append("_vendor")
+    config.html_context.setdefault("default_mode", "auto")  # which the theme otherwise misses, with an error
     theme = config.html_theme_options
     theme["navbar_persistent"] = []  # the sidebar has the search field already
     theme["repository_url"] = theme.get("repository_url") or repository_url(Path(app.srcdir))
@@ -134,6 +135,13 @@ class AllFigures(_Shown):
         ]
 
 
+def mend_roles(_app: Sphinx, _pagename: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
+    """Take the role of a list from bibliographies: their entries have another role than a list's items."""
+    if "body" in context:
+        lists = re.compile(r"<div[^>]*citation-list[^>]*>")
+        context["body"] = lists.sub(lambda tag: tag[0].replace(' role="list"', ""), context["body"])
+
+
 def skip_fields(_app: Sphinx, _what: str, _name: str, obj: Any, skip: bool, _options: Any) -> bool | None:
     """Leave out what named tuples say of their fields, which the class's docstring describes."""
     return True if (obj.__doc__ or "").startswith("Alias for field number") else skip or None
@@ -144,6 +152,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("show", Show)
     app.add_directive("all-figures", AllFigures)
     app.connect("config-inited", configure)
+    app.connect("html-page-context", mend_roles)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", launch_committed, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -31,6 +31,7 @@ FLAGS = (
 )
 READY = """(async () => {
   if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+  await new Promise((done) => setTimeout(done, 100)); // what else waits for MathJax
   for (const image of document.images) { image.loading = "eager"; await image.decode().catch(() => {}); }
 })()"""
 IMAGES = """[...document.images].flatMap((image) => [
@@ -38,7 +39,7 @@ IMAGES = """[...document.images].flatMap((image) => [
   ...(image.hasAttribute("alt") ? [] : [`image ${image.src} has no alt`]),
 ])"""
 WIDTH = """[document.documentElement.scrollWidth, window.innerWidth]"""
-RULES = """axe.run(document, {resultTypes: ["violations"]}).then((found) => found.violations
+RULES = """axe.run(document, {resultTypes: ["violations"], preload: false}).then((found) => found.violations
   .filter((rule) => ["serious", "critical"].includes(rule.impact))
   .map((rule) => `${rule.id}: ${rule.nodes.slice(0, 3).map((node) => node.target.join(" ")).join(", ")}`))"""
 
