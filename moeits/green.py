@@ -70,9 +70,9 @@ def compare_costs(
     Returns
     -------
     list of dict
-        For each variant its name, ``file_bytes``, ``memory_bytes`` (largest resident memory less what the
-        libraries take), ``multiply_adds`` per token, ``prefill`` and ``decode`` in tokens per second,
-        ``joules`` per generated token or None.
+        For each variant its name, ``file_bytes``, ``memory_bytes`` (resident memory after the passes, less
+        that before the model was loaded), ``multiply_adds`` per token, ``prefill`` and ``decode`` in tokens
+        per second, ``joules`` per generated token or None.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def _measure(job: Mapping) -> dict:
     folder, variant = Path(job["folder"]), job["variant"]
     dtype = torch.float32 if variant == "int8" else getattr(torch, job["dtype"])
     options = {"experts_implementation": "eager"} if job["device"] == "cpu" else {}
-    libraries = records.peak_memory()
+    before_loading = _resident()
     model = load_model(folder, dtype=dtype, **options).to(job["device"])
     products = multiply_adds(model)
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -164,12 +164,20 @@ def _measure(job: Mapping) -> dict:
     on_device = torch.cuda.max_memory_allocated() if job["device"].startswith("cuda") else 0
     return {
         "file_bytes": file_bytes,
-        "memory_bytes": on_device or records.peak_memory() - libraries,
+        "memory_bytes": on_device or max(_resident() - before_loading, 0),
         "multiply_adds": products,
         "prefill": median(prefill),
         "decode": median(decode),
         "joules": median(joules) if joules else None,
     }
+
+
+def _resident() -> int:
+    """Resident memory of this process now, in bytes; the largest so far where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return records.peak_memory()
 
 
 def _wait(device: str) -> None:
