@@ -10,7 +10,7 @@ OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test book book-student ablation rivals bench reference clean
+.PHONY: help env lock lint format test book book-student ablation rivals bench paper-check reference clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ rivals: env ## measure all methods at equal budgets in PROFILE
 
 bench: env ## time the NMI on layers of the paper's exact shapes
 	$(RUN)python benchmarks/nmi.py
+
+paper-check: env ## take the whole chain through stand-ins of the paper's models at full width
+	$(RUN)python benchmarks/standins.py
 
 reference: ## copy the laptop profile's records to data/reference, where they are committed
 	rm -rf data/reference/laptop

@@ -63,7 +63,11 @@ class Layer:
         sizes = {"hidden_size": self.width, "intermediate_size": self.neurons, "num_hidden_layers": 1}
         experts = dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), self.experts)
         config = CONFIG_MAPPING[self.family](
-            **sizes, **experts, moe_intermediate_size=self.neurons, first_k_dense_replace=0
+            **sizes,
+            **experts,
+            num_experts_per_tok=2,
+            moe_intermediate_size=self.neurons,
+            first_k_dense_replace=0,
         )
         config.save_pretrained(folder)
         generator = torch.Generator().manual_seed(seed)

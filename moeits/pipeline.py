@@ -196,13 +196,8 @@ class Study:
     @property
     def healings(self) -> list[tuple[float, str]]:
         """Tau and way of everything that the profile heals."""
-        own, ways = self.profile.model(self.name).tau, []
-        if self.profile.refit_tokens:
-            ways.append("refit")
-        if self.profile.healing:
-            ways += ["lora", *(["refit + lora"] if ways else [])]
-        others = self.profile.healed_taus.get(self.name, []) if self.profile.healing else []
-        return [*((own, way) for way in ways), *((tau, "lora") for tau in others if tau != own)]
+        taus = self.profile.healed.get(self.name, {})
+        return [(tau, way) for tau, ways in taus.items() for way in ways]
 
     def healing(self, tau: float, way: str) -> Record:
         """Record of a healing: seconds and, layer by layer or step by step, what it reached.
@@ -224,8 +219,8 @@ class Study:
         tau, way
             As in :meth:`healing`.
         """
-        # What is refitted alone is compared in bits of held-out text, which tells more than few questions.
-        tasks = [] if way == "refit" else self.profile.tasks
+        # The benchmarks are for what the paper does; the others are compared on held-out text alone.
+        tasks = self.profile.tasks if way == "lora" else []
         return self._scores(way, tau, self._kept(tau), tasks, healed=self.healing(tau, way).id)
 
     def _healing_inputs(self, tau: float, way: str) -> dict[str, Any]:
@@ -258,7 +253,7 @@ class Study:
         from moeits import corpus
         from moeits.healing import heal_model
         from moeits.refit import refit_model
-        from moeits.surgery import load_model, prune_model, save_model
+        from moeits.surgery import prune_model, save_model
 
         folder = self._healed_folder(tau, way)
         device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
@@ -269,7 +264,7 @@ class Study:
             start = time.perf_counter()
             if part == "refit":
                 blocks = corpus.blocks("calibration", tokenizer, tokens=self.profile.refit_tokens)
-                original = load_model(self.folder, dtype=dtype).to(device)
+                original = self._load(self.folder, dtype).to(device)
                 errors = refit_model(model, original, blocks)
                 details["refit"] = [vars(error) for error in errors]
                 del original

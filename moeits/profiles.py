@@ -133,8 +133,9 @@ class Profile(_Strict):
         Tokens of held-out text for the perplexity; None is all.
     healing : Recipe, optional
         How pruned models are trained again; without it no model is.
-    healed_taus : dict of str to list of float
-        Model -> further taus, besides its own, at which it is healed by LoRA.
+    healed : dict of str to dict of float to list of str
+        Model -> tau -> the ways in which the model that is pruned with it is healed: ``refit``, ``lora``,
+        ``refit + lora``.
     refit_tokens : int
         Tokens of calibration text to which down projections are refitted; 0 for no refit.
     green : list of str
@@ -168,7 +169,7 @@ class Profile(_Strict):
     calibration_tokens: int = Field(default=8192, ge=512)
     heldout_tokens: int | None = Field(default=None, ge=512)
     healing: Recipe | None = None
-    healed_taus: dict[str, list[Tau]] = Field(default_factory=dict)
+    healed: dict[str, dict[Tau, list[Literal["refit", "lora", "refit + lora"]]]] = Field(default_factory=dict)
     refit_tokens: int = Field(default=0, ge=0)
     green: list[str] = Field(default_factory=list)
     documents: Literal["packaged", "hub"] = "packaged"

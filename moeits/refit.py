@@ -33,7 +33,8 @@ class Refitted:
     layer : int
         Decoder layer.
     before, after : float
-        Squared error as a share of the whole layer's squared output, on the calibration text.
+        Squared error as a share of the whole layer's squared output, on the calibration text, each token
+        weighed by the inverse square of its hidden state's norm.
     """
 
     layer: int
@@ -88,8 +89,7 @@ def refit_model(
         for number, decoder in enumerate(decoder_layers(model)[1]):
             if number in layers:
                 observe = _Observer(model, layers[number], original, whole[number])
-                stream.run(number, decoder, keep=False)
-                report.append(observe.fit(ridge))
+                report.append(observe.fit(stream.run(number, decoder, keep=False), ridge))
                 if say is not None:
                     say(report[-1])
             stream.run(number, decoder)
@@ -168,13 +168,16 @@ class _Stream:
                 ]
             )
 
-    def run(self, number: int, decoder: nn.Module, *, keep: bool = True) -> None:
+    def run(self, number: int, decoder: nn.Module, *, keep: bool = True) -> list[Tensor]:
         """Pass one decoder layer; its output replaces the states, unless it is only looked at."""
-        for i, (states, calls) in enumerate(zip(self.states, self.calls, strict=True)):
+        found = []
+        for states, calls in zip(self.states, self.calls, strict=True):
             args, options = calls[number]
             output = decoder(states, *args, **options)
-            if keep:
-                self.states[i] = output if isinstance(output, Tensor) else output[0]
+            found.append(output if isinstance(output, Tensor) else output[0])
+        if keep:
+            self.states = found
+        return found
 
 
 class _Observer:
@@ -209,12 +212,16 @@ class _Observer:
         self.mixed.append(mixed.transpose(0, 1).flatten(1))
         self.fixed.append(fixed)
 
-    def fit(self, ridge: float) -> Refitted:
-        """Solve, and write the down projections into the model."""
+    def fit(self, states: list[Tensor], ridge: float) -> Refitted:
+        """Solve, and write the down projections into the model; `states` are those after the layer."""
         for hook in self.hooks:
             hook.remove()
-        mixed = torch.cat(self.mixed).float()
-        wanted = torch.cat(self.wanted).flatten(0, -2) - torch.cat(self.fixed)
+        # What follows sees these states divided by their norm, and errors with them.
+        influence = 1 / torch.cat([found.flatten(0, -2) for found in states]).float().norm(
+            dim=1, keepdim=True
+        )
+        mixed = torch.cat(self.mixed).float() * influence
+        wanted = (torch.cat(self.wanted).flatten(0, -2) - torch.cat(self.fixed)) * influence
         start = torch.cat([expert.down.weight.T for expert in self.experts.experts]).float()
         fitted = least_squares(mixed, wanted, start, ridge)
         if not torch.isfinite(fitted).all():

@@ -75,7 +75,7 @@ def standin(name: str, folder: Path | str, *, layers: int = 2, shrink: int = 1, 
     first = settings.get("first_k_dense_replace", 0) + 1
     if layers < first or shrink < 1 or any(settings[key] % shrink for key in widths if key in settings):
         raise ValueError(
-            f"layers is {layers} and shrink is {shrink}: {name} needs {first} or more layers and a divisor of "
+            f"layers is {layers} and shrink is {shrink}: {name} needs {first} or more layers, a divisor of "
             f"{', '.join(str(settings[key]) for key in widths if key in settings)}"
         )
     settings |= {key: settings[key] // shrink for key in widths if key in settings}

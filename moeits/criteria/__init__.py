@@ -402,7 +402,7 @@ CRITERIA: dict[str, Criterion] = {
         "MoE-Pruner",
         "xie2024moepruner",
         "Zero in every row the weights with the least magnitude times norm of the router-weighted input.",
-        "No distillation; a bit per weight is counted for the mask.",
+        "No distillation; the mask counts as a bit per weight.",
         change=compression.moe_pruner,
     ),
     "mc-moe": Criterion(

@@ -56,7 +56,7 @@ def moe_pruner(layer: Layer, n_keep: int) -> Change:
     ----------
     doi:10.48550/arXiv.2410.12013, after Wanda, doi:10.48550/arXiv.2306.11695.
     """
-    share = n_keep / layer.experts
+    share = max(n_keep / layer.experts - 1 / BITS, 0)  # the mask takes a bit of each weight
     sizes = _by_expert(layer)
     block = {name: sparse(part, sizes[name], share) for name, part in layer.weights.items()}
     left = sum(np.count_nonzero(part) for part in block.values())

@@ -4,11 +4,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model, tokens
 
 from moeits import comparison, criteria, evaluation, pipeline, profiles, records
+from moeits.cli import main
 from moeits.comparison import Comparison, chance_jaccard, jaccard, overlaps, paired, table
 from moeits.criteria.statistics import gather, layers_of
 from moeits.families import moe_layers
@@ -205,3 +207,23 @@ def test_the_smoke_profile_has_every_computation():
     computed = {repr(entry.functions[:3]) for entry in criteria.CRITERIA.values() if not entry.quoted_only}
     covered = {repr(criteria.criterion(method).functions[:3]) for method in profiles.load("smoke").rivals}
     assert covered == computed
+
+
+def test_select_by_a_criterion_writes_what_prune_takes(folder, tmp_path):
+    file, smaller = tmp_path / "kept.json", tmp_path / "smaller"
+    arguments = ["select", str(folder), "--criterion", "weight-product", "--n-keep", "3", "-o", str(file)]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    kept = Kept.read(file)
+    assert kept.layers == criteria.select("weight-product", layers_of(load_model(folder)), n_keep=3)
+    assert "keeps 6 experts, 37.5% of all" in done.output
+    CliRunner().invoke(
+        main, ["prune", str(folder), "--kept", str(file), "-o", str(smaller)], catch_exceptions=False
+    )
+    assert {layer.num_experts for layer in moe_layers(load_model(smaller))} == {3}
+
+
+def test_select_refuses_what_belongs_to_nmi_matrices(folder):
+    arguments = ["select", str(folder), "--criterion", "first", "--tau", "1", "--n-keep", "3"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert "belong to an nmi.npz, not to --criterion" in done.output

@@ -1,0 +1,59 @@
+"""Take the whole chain through stand-ins of the paper's models at full width, and time each step.
+
+``python benchmarks/standins.py`` needs 30 GB of disk and 24 GB of memory; two layers of each model.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from moeits.standin import names
+
+RECIPE = ["steps=1", "batch_size=1", "accumulation=1", "max_tokens=64", "rank=8"]
+
+
+def run(*arguments: object) -> tuple[float, float]:
+    """Seconds and peak memory (GB) of a command of the package, which must succeed."""
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "moeits.cli", *map(str, arguments)], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"`moeits {' '.join(map(str, arguments))}` failed")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+@click.command()
+@click.argument("models", nargs=-1)
+@click.option("--layers", default=2, show_default=True)
+@click.option("--shrink", default=1, show_default=True, help="Divisor of the widths; 1 is full width.")
+@click.option("--disk", type=click.Path(path_type=Path, exists=True), help="Where to put the folders.")
+def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None) -> None:
+    """Make, measure, prune, heal, score and load stand-ins for MODELS (all three by default)."""
+    click.echo(f"{'model':18} {'step':10} {'seconds':>8} {'peak GB':>8}")
+    for name in models or names():
+        with tempfile.TemporaryDirectory(dir=disk) as scratch:
+            at = Path(scratch)
+            recipe = [part for setting in RECIPE for part in ("-s", setting)]
+            steps = {
+                "standin": (name, "-o", at / "whole", "--layers", layers, "--shrink", shrink),
+                "nmi": (at / "whole", "-o", at / "nmi.npz"),
+                "select": (at / "nmi.npz", "--share", 0.5, "-o", at / "kept.json"),
+                "prune": (at / "whole", "--kept", at / "kept.json", "-o", at / "pruned"),
+                "heal": (at / "pruned", "-o", at / "healed", *recipe),
+                "evaluate": (at / "healed", "--tasks", "arc_easy", "--limit", 2),
+                "size": (at / "healed",),
+            }
+            for step, arguments in steps.items():
+                seconds, memory = run(step, *arguments)
+                click.echo(f"{name:18} {step:10} {seconds:8.1f} {memory:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
