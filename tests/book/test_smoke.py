@@ -45,7 +45,18 @@ def test_the_first_page_shows_the_same_numbers(smoke):
 def test_it_says_where_the_time_went(smoke):
     at = smoke.said.index("where the time went:")
     stages = [line.split()[0] for line in smoke.said[at + 1 :]]
-    assert stages == ["models", "NMI", "scores", "controls", "healing", "rivals", "notebooks", "book", "in"]
+    assert stages == [
+        "models",
+        "NMI",
+        "scores",
+        "controls",
+        "green",
+        "healing",
+        "rivals",
+        "notebooks",
+        "book",
+        "in",
+    ]
     assert len([line for line in smoke.said if re.match(r"\[ ?\d+/\d+\]", line)]) == len(smoke.said[:at]) / 2
 
 
@@ -110,4 +121,4 @@ def test_the_students_book_has_no_solutions(smoke):
 def test_the_records_of_the_smoke_profile_can_be_read(smoke):
     files = sorted(smoke.records.glob("*.json"))
     assert files
-    assert {read(path).step for path in files} <= {"nmi", "scores", "healing", "statistics", "rival"}
+    assert {read(path).step for path in files} <= {"nmi", "scores", "green", "healing", "statistics", "rival"}
