@@ -33,7 +33,7 @@ def smoke(tmp_path_factory):
         index = run.run_profile(
             profiles.load("smoke"), book=source, figures=folder / "figures", say=said.append
         )
-    book = BuiltBook(index.parent, source, DATA / "results" / "smoke")
+    book = BuiltBook(index.parent, source, DATA)
     book.said = said
     return book
 
