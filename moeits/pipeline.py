@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -248,6 +249,7 @@ class Study:
 
     def _heal(self, tau: float, way: str) -> tuple[list[dict], dict]:
         """Prune, heal and save the model in the cache; return rows and details of its record."""
+        import torch
         from transformers import AutoTokenizer
 
         from moeits import corpus
@@ -259,7 +261,7 @@ class Study:
         device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         model = prune_model(self._load(self.folder, dtype).to(device), self._kept(tau))
-        seconds, details = {}, {}
+        seconds, details, work = {}, {}, None
         for part in HEALINGS[way]:
             start = time.perf_counter()
             if part == "refit":
@@ -269,12 +271,15 @@ class Study:
                 details["refit"] = [vars(error) for error in errors]
                 del original
             else:
-                work = folder.with_name(f"{folder.name}.work")
+                # With another number of threads the refit before ends in other last digits.
+                work = folder.with_name(f"{folder.name}-{torch.get_num_threads()}.work")
                 healed = heal_model(model, tokenizer, self.profile.healing, work, progress=True)
                 details["lora"] = vars(healed)
             seconds[part] = time.perf_counter() - start
         if not folder.exists():
             save_model(model, folder, tokenizer=tokenizer)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
         common = {"model": self.name, "method": way, "tau": tau}
         rows = [
             records.row(**common, task=part, metric="seconds", value=value, unit="s")
