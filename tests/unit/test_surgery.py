@@ -162,8 +162,9 @@ def test_every_implementation_of_the_experts_gives_the_same(family):
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         model.set_experts_implementation(implementation)
         results.append(logits(model))
-    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(results[2], results[0], atol=1e-5, rtol=1e-5)
+    # They add in different orders, and how differently depends on the processor.
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(results[2], results[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
