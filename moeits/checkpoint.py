@@ -216,47 +216,52 @@ def fingerprint(folder: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Projection:
-    """Where one projection of all experts lies: pieces of one shape, one for each expert."""
+class Projection(Sequence):
+    """One projection of all experts of a layer: item e is the matrix of expert e.
 
-    pieces: tuple[tuple[Path, int], ...]  # file and first byte
+    An item is a view of its file, mapped into memory: nothing is read before it is used, nothing is kept, and
+    what is written to it stays in memory. A file must not be cut short while it is used.
+
+    Attributes
+    ----------
+    pieces : tuple of (Path, int)
+        For each expert, the file and the first byte in it.
+    shape : tuple of int
+        Rows and columns of a piece.
+    dtype : str
+        Type as safetensors spells it.
+    transposed : bool
+        Whether the pieces are the matrices' transposes.
+    neurons : slice
+        Those of a piece's neurons that belong to the projection.
+    """
+
+    pieces: tuple[tuple[Path, int], ...]
     shape: tuple[int, int]
     dtype: str
     transposed: bool = False
-    neurons: slice = field(
-        default_factory=lambda: slice(None)
-    )  # those of the pieces' neurons that belong to the projection
+    neurons: slice = field(default_factory=lambda: slice(None))
 
-    def read(self) -> torch.Tensor:
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        file, start = self.pieces[expert]
         bits, dtype = _DTYPES[self.dtype]
-        out = np.empty((len(self.pieces), *self.shape), dtype=bits)
-        descriptors = {file: os.open(file, os.O_RDONLY) for file, _ in self.pieces}
-
-        def fill(expert: int) -> None:
-            file, start = self.pieces[expert]
-            view = memoryview(out[expert].reshape(-1).view(np.uint8))
-            done = 0
-            while done < len(view):  # one call reads at most 2 GiB
-                got = os.preadv(descriptors[file], [view[done:]], start + done)
-                if not got:
-                    raise ValueError(f"{file} is cut short")
-                done += got
-
         try:
-            with ThreadPoolExecutor(min(joblib.cpu_count(), 8)) as pool:
-                list(pool.map(fill, range(len(self.pieces))))
-        finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
-        stacked = torch.from_numpy(out).view(dtype)
-        return (stacked.transpose(1, 2) if self.transposed else stacked)[:, self.neurons]
+            mapped = np.memmap(file, bits, mode="c", offset=start, shape=self.shape)
+        except ValueError as error:
+            raise ValueError(f"{file} is cut short: {error}") from error
+        # Older writers did not align the numbers.
+        matrix = torch.from_numpy(np.require(mapped, requirements="A")).view(dtype)
+        return (matrix.T if self.transposed else matrix)[self.neurons]
 
 
 class ExpertBlock(Mapping):
-    """Weights of the experts of one layer, read from disk when they are asked for, and not kept.
+    """Weights of the experts of one layer, where they lie on disk.
 
-    ``block["gate"]`` is a tensor (E, m, d), ``block["up"]`` (E, m, d), ``block["down"]`` (E, d, m), in the
-    type they are stored in. Every access reads anew: keep what you need twice. Blocks can be pickled.
+    ``block["gate"]`` and ``block["up"]`` are sequences of E tensors (m, d), ``block["down"]`` of E tensors
+    (d, m), in the type they are stored in, each read when it is used. Blocks can be pickled.
 
     Attributes
     ----------
@@ -268,14 +273,14 @@ class ExpertBlock(Mapping):
         Fewest experts with which the layer works.
     """
 
-    def __init__(self, layer: int, minimum: int, projections: Mapping[str, _Projection]) -> None:
+    def __init__(self, layer: int, minimum: int, projections: Mapping[str, Projection]) -> None:
         self.layer = layer
         self.minimum = minimum
         self._projections = dict(projections)
-        self.num_experts = len(self._projections["down"].pieces)
+        self.num_experts = len(self._projections["down"])
 
-    def __getitem__(self, projection: str) -> torch.Tensor:
-        return self._projections[projection].read()
+    def __getitem__(self, projection: str) -> Projection:
+        return self._projections[projection]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._projections)
@@ -292,8 +297,8 @@ def expert_blocks(
 ) -> Iterator[tuple[int, ExpertBlock]]:
     """Go through the Mixture-of-Experts layers of a checkpoint.
 
-    All names, shapes and files are checked before the first layer is given. Weights are read only when a
-    projection of a block is asked for.
+    All names, shapes and files are checked before the first layer is given. Weights are read only when the
+    matrix of an expert is used.
 
     Parameters
     ----------
@@ -653,7 +658,7 @@ def _layer_nmi(block: ExpertBlock, options: Mapping[str, object]) -> tuple[int, 
 
 def _projections(
     layer: MoELayer, stored: Mapping[str, Mapping[int | None, StoredTensor]]
-) -> dict[str, _Projection]:
+) -> dict[str, Projection]:
     """Find each projection of a layer among its stored tensors, by role and expert (None for all experts)."""
     weights = dict(layer.experts.named_parameters(recurse=False))
     neurons = 2 if layer.transposed else 1
@@ -676,14 +681,14 @@ def _projections(
 
 def _whole(
     layer: MoELayer, role: str, tensors: Mapping[int | None, StoredTensor], shape: tuple[int, ...]
-) -> _Projection:
+) -> Projection:
     """Put one role's tensors together, after checking that every expert has one of the right shape."""
     where = f"layer {layer.layer}: {role}"
     if fused := tensors.get(None):
         _check(where, fused, (layer.num_experts, *shape))
         size = (fused.stop - fused.start) // layer.num_experts
         pieces = tuple((fused.file, fused.start + expert * size) for expert in range(layer.num_experts))
-        return _Projection(pieces, shape, fused.dtype, layer.transposed)
+        return Projection(pieces, shape, fused.dtype, layer.transposed)
     if missing := sorted(set(range(layer.num_experts)) - set(tensors)):
         which = (
             "all experts" if len(missing) == layer.num_experts else f"expert {', '.join(map(str, missing))}"
@@ -696,7 +701,7 @@ def _whole(
     if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
         raise ValueError(f"{where}: the experts have different types, {', '.join(sorted(dtypes))}")
     pieces = tuple((tensors[expert].file, tensors[expert].start) for expert in range(layer.num_experts))
-    return _Projection(pieces, shape, tensors[0].dtype, layer.transposed)
+    return Projection(pieces, shape, tensors[0].dtype, layer.transposed)
 
 
 def _check(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -710,7 +715,7 @@ def _check(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{tensor.file}: {tensor.name} has {tensor.stop - tensor.start} bytes of {size}")
 
 
-def _halves(both: _Projection, *, interleaved: bool) -> dict[str, _Projection]:
+def _halves(both: Projection, *, interleaved: bool) -> dict[str, Projection]:
     """Split gate and up, which are stored as one: gate first, or neuron by neuron."""
     if interleaved:
         return {

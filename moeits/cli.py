@@ -90,7 +90,7 @@ def evaluate(
     from moeits.paths import whole
     from moeits.surgery import load_model
 
-    model = load_model(folder, dtype=number).to(place)
+    model = load_model(folder, dtype=number, device=place)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     items = evaluation.evaluate(model, tokenizer, names, **settings, progress=True)
     scores = evaluation.summarise(items)
@@ -110,16 +110,61 @@ def evaluate(
             part.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _show_plan(name: str, gpu: str | None) -> None:
+    """Print what a profile takes; what does not fit is an error."""
+    from moeits import plan, profiles
+
+    profile = profiles.load(name)
+    machine = plan.find_machine(gpu)
+    click.echo(
+        f"{machine.name}: {machine.memory / 1e9:.0f} GB, {machine.flops / 1e12:.3g} TFLOP/s in bfloat16, "
+        f"{machine.watts:.0f} W; {machine.cores} processor cores; {machine.disk / 1e9:.0f} GB of disk free"
+    )
+    found = plan.demands(profile, machine)
+    click.echo(plan.table(found, machine).to_string(index=False, float_format="{:.2f}".format))
+    if short := plan.shortages(found, machine, offload=profile.device_map == "auto"):
+        raise click.ClickException("\n".join(["it does not fit:", *short]))
+
+
+def _show_plan(name: str, gpu: str | None) -> None:
+    """Print what a profile takes; what does not fit is an error."""
+    from moeits import plan, profiles
+
+    profile = profiles.load(name)
+    machine = plan.find_machine(gpu)
+    click.echo(
+        f"{machine.name}: {machine.memory / 1e9:.0f} GB, {machine.flops / 1e12:.3g} TFLOP/s in bfloat16, "
+        f"{machine.watts:.0f} W; {machine.cores} processor cores; {machine.disk / 1e9:.0f} GB of disk free"
+    )
+    found = plan.demands(profile, machine)
+    click.echo(plan.table(found, machine).to_string(index=False, float_format="{:.2f}".format))
+    if short := plan.shortages(found, machine, offload=profile.device_map == "auto"):
+        raise click.ClickException("\n".join(["it does not fit:", *short]))
+
+
 @main.command()
 @click.argument("notebook", required=False)
 @click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
 @click.option("--target", help="Page of the book that the notebook makes.  [default: its name]")
 @click.option("-p", "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="Of the notebook.")
 @click.option("--student", is_flag=True, help="Render the book without the solutions of its exercises.")
+@click.option("--dry-run", is_flag=True, help="Only estimate what every step takes, and whether it fits.")
+@click.option("--on", "gpu", help="Estimate for this GPU, such as h100, not for what is found here.")
 def run(
-    notebook: str | None, profile: str, target: str | None, parameters: tuple[str, ...], student: bool
+    notebook: str | None,
+    profile: str,
+    target: str | None,
+    parameters: tuple[str, ...],
+    student: bool,
+    dry_run: bool,
+    gpu: str | None,
 ) -> None:
     """Run NOTEBOOK, or without it everything: measurements, notebooks and the book of a profile."""
+    if dry_run:
+        _show_plan(profile, gpu)
+        return
+    if gpu:
+        raise click.UsageError("--on belongs to --dry-run")
     import yaml
 
     from moeits import profiles
@@ -540,6 +585,31 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
     if output is not None:
         with whole(output) as part:
             table.to_csv(part, index=False)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="Make a repository that only you can see.")
+@click.option("--yes", is_flag=True, help="Do not ask before anything is sent.")
+def push(folder: Path, repository: str, private: bool, yes: bool) -> None:
+    """Send the pruned model in FOLDER, with its card, to REPOSITORY (OWNER/NAME) of the model hub."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    if not (folder / "kept.json").is_file():
+        raise ValueError(f"{folder} is no pruned model: it has no kept.json")
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"{folder} has no model card: make the folder anew with `moeits prune`")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if not yes:
+        click.confirm(f"send {size / 1e9:.2f} GB to {repository}?", abort=True)
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        click.echo(hub.upload_folder(repo_id=repository, folder_path=folder))
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        raise ValueError(f"the hub refused: {error}; log in with `hf auth login`, or set HF_TOKEN") from error
 
 
 @main.command()

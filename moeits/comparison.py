@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,9 +229,7 @@ class Comparison:
         from moeits.surgery import load_model
 
         device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
-        # On a CPU transformers' grouped matrix product is slower than its plain loop over the experts.
-        options = {"experts_implementation": "eager"} if device.type == "cpu" else {}
-        return load_model(self.study.folder, dtype=dtype, **options).to(device)
+        return load_model(self.study.folder, dtype=dtype, device=device)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -430,19 +428,21 @@ def steps(
             for method in methods
             for draw in (_random_draws(profile) if method == "random" else [method])
         ]
-        yield Step("rivals", f"{name}: {WHOLE} model", lambda c=comparison: c.cell(WHOLE, 1.0))
+        yield Step("rivals", f"{name}: {WHOLE} model", partial(comparison.cell, WHOLE, 1.0), name)
         for text in sorted({text for method in methods if (text := _text(method))}):
             yield Step(
                 "rivals",
                 f"{name}: statistics of {text} tokens",
-                lambda c=comparison, t=text: c.statistics_record(t),
+                partial(comparison.statistics_record, text),
+                name,
             )
         for method in chosen:
             for budget in budgets:
                 yield Step(
                     "rivals",
                     f"{name}: {method}, {label(budget)}",
-                    lambda c=comparison, m=method, b=budget: c.cell(m, b),
+                    partial(comparison.cell, method, budget),
+                    name,
                 )
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from moeits import planted
-from moeits.nmi import discretise, joint_entropy, nmi, nmi_matrix
+from moeits.nmi import as_float, discretise, joint_entropy, nmi, nmi_matrix
 from moeits.selection import DIAGONALS, select_experts
 
 
@@ -334,7 +334,7 @@ def null_layers(
     """
     rows = []
     for layer, block in blocks:
-        real = {name: _array(weights) for name, weights in block.items()}
+        real = {name: _stacked(weights) for name, weights in block.items()}
         rng = np.random.default_rng([seed, layer])
         kinds = {"real": real, "shuffled": planted.shuffled(rng, real), "fresh": planted.fresh(rng, real)}
         found = {}
@@ -358,9 +358,9 @@ def null_layers(
     return pd.DataFrame(rows).assign(spread=lambda table: table.sd / table["mean"])
 
 
-def _array(weights: object) -> np.ndarray:
-    """Weights as float32, from an array or a tensor of any format."""
-    return weights.float().numpy() if hasattr(weights, "float") else np.asarray(weights, dtype=np.float32)
+def _stacked(weights: Sequence) -> np.ndarray:
+    """Weights of all experts as float32, from an array, a tensor or a sequence of them in any format."""
+    return np.stack([as_float(expert) for expert in weights])
 
 
 def gaussian_information(correlation: float) -> float:

@@ -127,9 +127,8 @@ def _measure(job: Mapping) -> dict:
 
     folder, variant = Path(job["folder"]), job["variant"]
     dtype = torch.float32 if variant == "int8" else getattr(torch, job["dtype"])
-    options = {"experts_implementation": "eager"} if job["device"] == "cpu" else {}
     before_loading = _resident()
-    model = load_model(folder, dtype=dtype, **options).to(job["device"])
+    model = load_model(folder, dtype=dtype, device=job["device"])
     products = multiply_adds(model)
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if variant == "zeroed":

@@ -9,7 +9,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,6 +360,57 @@ def heal_model(
     return Healed(adapted.parts, losses, tokens, step)
 
 
+def restore(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    work: Path,
+    *,
+    original: Callable[[], "PreTrainedModel"] | None = None,
+    refit_tokens: int = 16_384,
+    recipe: Recipe | None = None,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Heal a model: refit it, train it, or one after the other.
+
+    Parameters
+    ----------
+    model, tokenizer, work, progress
+        As :func:`heal_model`; `work` is used by the training alone.
+    original : callable, optional
+        Loads the whole model, to whose layers the down projections are refitted first.
+    refit_tokens : int
+        Tokens of packaged calibration text for that.
+    recipe : Recipe, optional
+        Settings of the training that follows.
+
+    Returns
+    -------
+    dict
+        Of "refit" and "lora", what was done: the seconds it took, and the fields of
+        :class:`moeits.refit.Refitted` of each layer, or of :class:`Healed`.
+
+    Raises
+    ------
+    ValueError, HealingError
+        As :func:`heal_model` and :func:`moeits.refit.refit_model`.
+    """
+    from moeits.refit import refit_model
+
+    report: dict[str, dict[str, Any]] = {}
+    if original is not None:
+        start = time.perf_counter()
+        blocks = torch.from_numpy(corpus.blocks("calibration", tokenizer, tokens=refit_tokens))
+        layers = [vars(error) for error in refit_model(model, original(), blocks)]
+        seconds = time.perf_counter() - start
+        report["refit"] = {"tokens": blocks.numel(), "seconds": seconds, "layers": layers}
+    if recipe is not None:
+        start = time.perf_counter()
+        healed = heal_model(model, tokenizer, recipe, work, progress=progress)
+        report["lora"] = {"recipe": recipe.model_dump(), "seconds": time.perf_counter() - start}
+        report["lora"] |= vars(healed)
+    return report
+
+
 def heal(
     source: Path | str,
     target: Path | str,
@@ -397,11 +449,10 @@ def heal(
     FileExistsError
         If the target exists.
     ValueError, HealingError
-        As :func:`heal_model` and :func:`moeits.refit.refit_model`; also if there is nothing to do.
+        As :func:`restore`; also if there is nothing to do.
     """
     from transformers import AutoTokenizer
 
-    from moeits.refit import refit_model
     from moeits.surgery import load_model, save_model
 
     target = Path(target)
@@ -411,15 +462,16 @@ def heal(
         raise ValueError("nothing to do: give a recipe, the whole model to refit to, or both")
     model = load_model(source, **options)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    report: dict[str, Any] = {}
-    if refit_to is not None:
-        blocks = torch.from_numpy(corpus.blocks("calibration", tokenizer, tokens=refit_tokens))
-        errors = refit_model(model, load_model(refit_to, **options), blocks)
-        report["refit"] = {"tokens": blocks.numel(), "layers": [vars(error) for error in errors]}
     work = target.with_name(f"{target.name}.healing")
-    if recipe is not None:
-        healed = heal_model(model, tokenizer, recipe, work, progress=progress)
-        report["lora"] = {"recipe": recipe.model_dump(), **vars(healed)}
+    report = restore(
+        model,
+        tokenizer,
+        work,
+        original=None if refit_to is None else lambda: load_model(refit_to, **options),
+        refit_tokens=refit_tokens,
+        recipe=recipe,
+        progress=progress,
+    )
     with whole(target) as part:
         if getattr(model, "kept", None) is None:
             model.save_pretrained(part)

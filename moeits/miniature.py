@@ -42,7 +42,7 @@ from moeits.refit import least_squares, product
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BLOCK = 512  # tokens per block of calibration and held-out text
-_CALIBRATION, _HELDOUT = 32_768, 16_384  # tokens
+_HELDOUT = 16_384  # tokens
 _BLOCKS_PER_PASS = 8
 _CLUSTER_ROUNDS = 3
 _ROUTER_STEPS = 12
@@ -188,7 +188,7 @@ _SAME_AS_LLAMA = (
 )
 
 
-def build(name: str, folder: Path | str, *, progress: bool = True) -> Path:
+def build(name: str, folder: Path | str, *, tokens: int = 32_768, progress: bool = True) -> Path:
     """Make a laptop model.
 
     Parameters
@@ -197,6 +197,8 @@ def build(name: str, folder: Path | str, *, progress: bool = True) -> Path:
         ``"dense"`` is the model that the others are carved from.
     folder : path
         A new folder, written whole or not at all: a checkpoint with its tokenizer, and ``miniature.json``.
+    tokens : int
+        Tokens of calibration text that it is fitted to.
     progress : bool
         Whether to show a progress bar.
 
@@ -226,7 +228,7 @@ def build(name: str, folder: Path | str, *, progress: bool = True) -> Path:
     source = dense()
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = LlamaForCausalLM.from_pretrained(source, dtype=choose("cpu")[1])
-    calibration = _blocks("calibration", tokenizer, _CALIBRATION)
+    calibration = _blocks("calibration", tokenizer, tokens)
     heldout = _blocks("heldout", tokenizer, _HELDOUT)
     carved, report = carve(
         model, LAYOUTS[name], calibration, heldout=heldout, progress=name if progress else None

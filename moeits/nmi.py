@@ -22,11 +22,11 @@ from scipy.optimize import linear_sum_assignment
 from moeits.paths import whole
 
 MAX_BINS = 1 << 16  # codes are uint16
-TABLE_CELLS = 1 << 24  # of a joint histogram at a time: 32 MiB per thread
+TABLE_CELLS = 1 << 23  # of a joint histogram at a time: 40 MiB per thread
 CORRECTIONS = (None, "miller-madow", "null")
 NULL_DRAWS = 4  # shuffles behind the mean that the correction "null" subtracts
 _NEURON_AXIS = {"gate": 0, "up": 0, "down": 1}
-_XLOGX = np.arange(4096) * np.log(np.maximum(np.arange(4096), 1))
+_XLOGX = np.arange(256) * np.log(np.maximum(np.arange(256), 1))
 
 NORMALIZERS: dict[str, Callable[[float, float], float]] = {
     "geometric": lambda hx, hy: math.sqrt(hx * hy),  # the paper's, eq. 6
@@ -319,7 +319,7 @@ def _matched(block: Mapping[str, object]) -> dict[tuple[int, int], np.ndarray]:
     experts = len(next(iter(block.values()), ()))
     neurons = [
         np.concatenate(
-            [np.moveaxis(_as_float(part[expert]), _NEURON_AXIS[name], 0) for name, part in block.items()],
+            [np.moveaxis(as_float(part[expert]), _NEURON_AXIS[name], 0) for name, part in block.items()],
             axis=1,
         )
         for expert in range(experts)
@@ -576,15 +576,15 @@ def _occupied_cells(x: np.ndarray, y: np.ndarray, ky: int) -> int:
 
 
 def _joint_entropies(pairs: list[tuple[Codes, Codes]]) -> list[float]:
-    """H(X,Y) of pairs, with one table for all of them."""
+    """H(X,Y) of pairs, with one joint histogram for all of them."""
     shapes = [(a.counts.size, b.counts.size) for a, b in pairs]
     # Where the joint histogram has more cells than the table, as many of its rows at a time as fit.
     rows = [max(min(kx, TABLE_CELLS // ky), 1) for kx, ky in shapes]
-    table = np.zeros(max(band * ky for band, (_, ky) in zip(rows, shapes, strict=True)), dtype=np.uint16)
+    cells = max(band * ky for band, (_, ky) in zip(rows, shapes, strict=True))
+    low, high = np.zeros(cells, dtype=np.uint8), np.zeros(cells, dtype=np.uint32)
     size = pairs[0][0].codes.size
-    wraps = np.empty((size >> 16) + 1, dtype=np.uint64)
     return [
-        _entropy(_joint_sum(a.codes, b.codes, kx, ky, band, table, wraps, _XLOGX), size)
+        _entropy(_joint_sum(a.codes, b.codes, kx, ky, band, low, high, _XLOGX), size)
         for (a, b), (kx, ky), band in zip(pairs, shapes, rows, strict=True)
     ]
 
@@ -613,14 +613,14 @@ def _as_array(weights: object) -> tuple[np.ndarray, bool]:
     return array, False
 
 
-def _as_float(weights: object) -> np.ndarray:
+def as_float(weights: object) -> np.ndarray:
     """Weights as an array of float32 or float64, of their own shape."""
     array, bfloat16 = _as_array(weights)
-    values = _patterns_as_float32(array, bfloat16) if array.itemsize == 2 else array
+    values = _patternsas_float32(array, bfloat16) if array.itemsize == 2 else array
     return values.reshape(np.shape(weights))
 
 
-def _patterns_as_float32(patterns: np.ndarray, bfloat16: bool) -> np.ndarray:
+def _patternsas_float32(patterns: np.ndarray, bfloat16: bool) -> np.ndarray:
     if bfloat16:
         return (patterns.astype(np.uint32) << 16).view(np.float32)
     return patterns.view(np.float16).astype(np.float32)
@@ -660,7 +660,7 @@ def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int) -> Cod
     """Codes of 16-bit weights: all that matters is how often each of the 65,536 bit patterns occurs."""
     occurrences = _count(patterns)
     occupied = np.flatnonzero(occurrences).astype(np.uint16)
-    values = _patterns_as_float32(occupied, bfloat16)
+    values = _patternsas_float32(occupied, bfloat16)
     if not np.isfinite(values).all():
         raise ValueError("NaN or infinite weights")
     order = np.argsort(values, kind="stable")
@@ -749,75 +749,59 @@ def _bin(array, edges, codes):
 
 
 @numba.njit(nogil=True, cache=True)
-def _joint_sum(x, y, kx, ky, band, table, wraps, xlogx):
+def _joint_sum(x, y, kx, ky, band, low, high, xlogx):
     """Sum c log c over the joint histogram of two arrays of codes, `band` of its kx rows at a time.
 
-    `table` holds at least ``band * ky`` cells, all zero, and is left so. Its counts have 16 bits, so that
-    twice as many fit into a cache; `wraps` lists the cells that went from 65,535 to 0, once for each time.
+    `low` and `high` hold at least ``band * ky`` cells each, all zero, and are left so. A count is
+    ``256 * high + low``: most increments touch `low` only, of which twice as much as of 16 bits fits into a
+    cache.
     """
     total = 0.0
     for first in range(0, kx, band):
-        wrapped = _tally(x, y, first, band, ky, table, wraps)
-        total += _drain_wrapped(table, wraps[:wrapped]) + _drain(table[: band * ky], xlogx)
+        _tally(x, y, first, band, ky, low, high)
+        total += _drain(low[: band * ky], high[: band * ky], xlogx)
     return total
 
 
 # The one loop that matters for speed: a function of its own that calls none, because it compiles better so.
 @numba.njit(nogil=True, cache=True)
-def _tally(x, y, first, band, ky, table, wraps):
-    """Count the elements of `band` rows of the joint histogram; return how often a cell wrapped around."""
+def _tally(x, y, first, band, ky, low, high):
+    """Count the elements of `band` rows of the joint histogram."""
     first, rows, columns = np.uint64(first), np.uint64(band), np.uint64(ky)
-    one = np.uint16(1)
-    wrapped = 0
+    one = np.uint8(1)
     for n in range(x.size):
         row = np.uint64(x[n]) - first
         if row < rows:  # unsigned, so that a row before the first is a very large number
             cell = row * columns + np.uint64(y[n])
-            count = np.uint16(table[cell] + one)
-            table[cell] = count
+            count = np.uint8(low[cell] + one)
+            low[cell] = count
             if count == 0:
-                wraps[wrapped] = cell
-                wrapped += 1
-    return wrapped
+                high[cell] += np.uint32(1)
 
 
 @numba.njit(nogil=True, cache=True)
-def _drain_wrapped(table, wraps):
-    """Sum c log c over the cells that are listed, and set them to zero."""
-    wraps = np.sort(wraps)
-    total = 0.0
-    times = 0
-    for n in range(wraps.size):
-        times += 1
-        if n + 1 == wraps.size or wraps[n + 1] != wraps[n]:
-            count = times * 65536.0 + table[wraps[n]]
-            total += count * math.log(count)
-            table[wraps[n]] = 0
-            times = 0
-    return total
-
-
-@numba.njit(nogil=True, cache=True)
-def _drain(cells, xlogx):
-    """Sum c log c over the counts c in `cells`, and set them to zero."""
-    small = xlogx.size
+def _drain(low, high, xlogx):
+    """Sum c log c over the counts c of all cells, and set them to zero."""
     a = b = c = d = 0.0
-    quads = cells.size // 4 * 4
+    quads = low.size // 4 * 4
     for n in range(0, quads, 4):
         # Four sums that do not wait for each other; most cells are empty or hold a small count.
-        i, j, k, m = cells[n], cells[n + 1], cells[n + 2], cells[n + 3]
-        if (i | j | k | m) == 0:
-            continue
-        if (i | j | k | m) < small:
-            a += xlogx[i]
-            b += xlogx[j]
-            c += xlogx[k]
-            d += xlogx[m]
+        if (high[n] | high[n + 1] | high[n + 2] | high[n + 3]) == 0:
+            i, j, k, m = low[n], low[n + 1], low[n + 2], low[n + 3]
+            if (i | j | k | m) != 0:
+                a += xlogx[i]
+                b += xlogx[j]
+                c += xlogx[k]
+                d += xlogx[m]
         else:
-            for count in (i, j, k, m):
+            for cell in range(n, n + 4):
+                count = 256.0 * high[cell] + low[cell]
                 if count > 0:
                     a += count * math.log(count)
-    for n in range(quads, cells.size):
-        a += xlogx[cells[n]] if cells[n] < small else cells[n] * math.log(cells[n])
-    cells[:] = 0
+    for cell in range(quads, low.size):
+        count = 256.0 * high[cell] + low[cell]
+        if count > 0:
+            a += count * math.log(count)
+    low[:] = 0
+    high[:] = 0
     return (a + b) + (c + d)

@@ -3,10 +3,10 @@
 import gc
 import json
 import shutil
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from moeits import devices, records
 from moeits.paths import CACHE, DATA
-from moeits.profiles import Profile
+from moeits.profiles import HEALINGS, Profile
 from moeits.records import Record
 from moeits.selection import Selection, select_layers
 
@@ -32,9 +32,6 @@ _SOURCES = {
     "green": ("green", "families", "surgery", "unstack"),
     "healing": ("healing", "refit", "unstack", "corpus", "devices", "families", "surgery", "selection"),
 }
-
-HEALINGS = {"refit": ("refit",), "lora": ("lora",), "refit + lora": ("refit", "lora")}
-"""Ways to heal: which steps each takes, in order."""
 
 
 def simplify(
@@ -133,12 +130,18 @@ class Study:
         """Folder of the whole model's checkpoint: built, downloaded or as given."""
         kind, _, rest = self.source.partition(":")
         if kind == "miniature":
-            made_of = {"name": rest, "source": _source("miniature"), "lock": records.lock_digest()}
+            tokens = self.profile.carving_tokens
+            made_of = {
+                "name": rest,
+                "tokens": tokens,
+                "source": _source("miniature"),
+                "lock": records.lock_digest(),
+            }
             folder = CACHE / "miniature" / f"{rest}-{records.digest(made_of)}"
             if not folder.exists():
                 from moeits import miniature
 
-                miniature.build(rest, folder)
+                miniature.build(rest, folder, tokens=tokens)
             return folder
         if kind == "hub":
             from huggingface_hub import snapshot_download
@@ -208,7 +211,7 @@ class Study:
         tau : float
             Intensity of the pruning.
         way : str
-            One of :data:`HEALINGS`.
+            One of :data:`moeits.profiles.HEALINGS`.
         """
         return self._remember("healing", self._healing_inputs(tau, way), lambda: self._heal(tau, way))
 
@@ -227,17 +230,17 @@ class Study:
     def _healing_inputs(self, tau: float, way: str) -> dict[str, Any]:
         if way not in HEALINGS:
             raise ValueError(f"no way to heal is called {way!r}: there are {', '.join(HEALINGS)}")
-        if "lora" in HEALINGS[way] and self.profile.healing is None:
+        if "lora" in way and self.profile.healing is None:
             raise ValueError(f"profile {self.profile.name!r} has no settings of healing")
-        if "refit" in HEALINGS[way] and not self.profile.refit_tokens:
+        if "refit" in way and not self.profile.refit_tokens:
             raise ValueError(f"profile {self.profile.name!r} has no refit_tokens")
         device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
         return {
             "fingerprint": self.fingerprint,
             "kept": {str(layer): ids for layer, ids in self._kept(tau).items()},
             "way": way,
-            "recipe": self.profile.healing.model_dump() if "lora" in HEALINGS[way] else None,
-            "refit_tokens": self.profile.refit_tokens if "refit" in HEALINGS[way] else None,
+            "recipe": self.profile.healing.model_dump() if "lora" in way else None,
+            "refit_tokens": self.profile.refit_tokens if "refit" in way else None,
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "source": _source("healing"),
@@ -252,38 +255,30 @@ class Study:
         import torch
         from transformers import AutoTokenizer
 
-        from moeits import corpus
-        from moeits.healing import heal_model
-        from moeits.refit import refit_model
-        from moeits.surgery import prune_model, save_model
+        from moeits.healing import restore
+        from moeits.surgery import save_model
 
         folder = self._healed_folder(tau, way)
-        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        # With another number of threads a refit ends in other last digits, and the training goes another way.
+        work = folder.with_name(f"{folder.name}-{torch.get_num_threads()}.work")
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        model = prune_model(self._load(self.folder, dtype).to(device), self._kept(tau))
-        seconds, details, work = {}, {}, None
-        for part in HEALINGS[way]:
-            start = time.perf_counter()
-            if part == "refit":
-                blocks = corpus.blocks("calibration", tokenizer, tokens=self.profile.refit_tokens)
-                original = self._load(self.folder, dtype).to(device)
-                errors = refit_model(model, original, blocks)
-                details["refit"] = [vars(error) for error in errors]
-                del original
-            else:
-                # With another number of threads the refit before ends in other last digits.
-                work = folder.with_name(f"{folder.name}-{torch.get_num_threads()}.work")
-                healed = heal_model(model, tokenizer, self.profile.healing, work, progress=True)
-                details["lora"] = vars(healed)
-            seconds[part] = time.perf_counter() - start
+        model = self._pruned(self._kept(tau))
+        details = restore(
+            model,
+            tokenizer,
+            work,
+            original=self._load if "refit" in way else None,
+            refit_tokens=self.profile.refit_tokens,
+            recipe=self.profile.healing if "lora" in way else None,
+            progress=True,
+        )
         if not folder.exists():
             save_model(model, folder, tokenizer=tokenizer)
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         common = {"model": self.name, "method": way, "tau": tau}
         rows = [
-            records.row(**common, task=part, metric="seconds", value=value, unit="s")
-            for part, value in seconds.items()
+            records.row(**common, task=part, metric="seconds", value=found["seconds"], unit="s")
+            for part, found in details.items()
         ]
         if "lora" in details:
             last = details["lora"]["losses"][-8:]
@@ -339,14 +334,25 @@ class Study:
 
         return self._remember("green", inputs, measure, **settings)
 
-    def _load(self, folder: Path, dtype: object) -> "nn.Module":
-        """Load a checkpoint to be scored."""
+    def _load(self, folder: Path | None = None) -> "nn.Module":
+        """Load the model, or that of another folder, as it is scored."""
         from moeits.surgery import load_model
 
-        # On a CPU transformers' grouped matrix product is slower than its plain loop over the experts.
-        plain = devices.choose(self.profile.device, self.profile.dtype)[0].type == "cpu"
-        options = {"experts_implementation": "eager"} if plain and self.name != DENSE else {}
-        return load_model(folder, dtype=dtype, **options)
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        if self.profile.device_map:
+            return load_model(folder or self.folder, dtype=dtype, device_map=self.profile.device_map)
+        return load_model(folder or self.folder, dtype=dtype, device=device)
+
+    def _pruned(self, kept: dict[int, list[int]]) -> "nn.Module":
+        """Load the model without the experts that go."""
+        from moeits.checkpoint import prune_checkpoint
+        from moeits.surgery import prune_model
+
+        if not self.profile.device_map:
+            return prune_model(self._load(), kept)
+        # What lies outside the GPU cannot be cut in memory.
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            return self._load(prune_checkpoint(self.folder, Path(folder) / "pruned", kept))
 
     @property
     def taus(self) -> list[float]:
@@ -470,7 +476,6 @@ class Study:
             from transformers import AutoTokenizer
 
             from moeits import corpus, evaluation
-            from moeits.surgery import prune_model
 
             kept_share = 1.0
             if kept is not None:
@@ -479,11 +484,9 @@ class Study:
                 folder = self._healed_folder(tau, method)
                 if not folder.exists():
                     self._heal(tau, method)
-                model = self._load(folder, dtype).to(device)
+                model = self._load(folder)
             else:
-                model = self._load(self.folder, dtype).to(device)
-                if kept is not None:
-                    prune_model(model, kept)
+                model = self._load() if kept is None else self._pruned(kept)
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
             blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
             text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
@@ -541,11 +544,16 @@ def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a profile: what is done, for which model, and the call that does it or finds it done."""
+    """One step of a profile: what is done, for which model, and the call that does it or finds it done.
+
+    `way` is how the model is healed, where it is.
+    """
 
     stage: str
     label: str
     do: Callable[[], object]
+    model: str = ""
+    way: str = ""
 
 
 def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
@@ -561,30 +569,30 @@ def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
     chosen = [only] if only else [*([DENSE] if profile.baseline else []), *profile.models]
     studies = [Study(profile, name) for name in chosen]
     for study in studies:
-        yield Step("models", f"{study.name}: checkpoint", lambda study=study: study.folder)
+        yield Step("models", f"{study.name}: checkpoint", lambda study=study: study.folder, study.name)
     for study in studies:
         if study.name != DENSE:
-            yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi)
+            yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi, study.name)
     for study in studies:
-        yield Step("scores", f"{study.name}: whole model", study.scores)
-        if study.name == DENSE:
-            continue
-        own = profile.model(study.name).tau
-        for tau in study.taus:
-            yield Step(
-                "scores", f"{study.name}: tau = {tau:g}", lambda study=study, tau=tau: study.scores(tau)
-            )
-        yield Step(
-            "controls", f"{study.name}: random experts", lambda study=study, own=own: study.controls(own)
-        )
-        if study.name in profile.green:
-            yield Step("green", f"{study.name}: memory and speed", lambda study=study: study.green())
-        for tau, way in study.healings:
-            label = f"{study.name}: tau = {tau:g}, {way}"
-            yield Step("healing", label, lambda study=study, at=(tau, way): study.healing(*at))
-            yield Step(
-                "scores", f"{label}: scores", lambda study=study, at=(tau, way): study.healed_scores(*at)
-            )
+        yield from _study_steps(study)
+
+
+def _study_steps(study: Study) -> Iterator[Step]:
+    """List what is measured of one model after its NMI."""
+    name = study.name
+    yield Step("scores", f"{name}: whole model", study.scores, name)
+    if name == DENSE:
+        return
+    own = study.profile.model(name).tau
+    for tau in study.taus:
+        yield Step("scores", f"{name}: tau = {tau:g}", partial(study.scores, tau), name)
+    yield Step("controls", f"{name}: random experts", partial(study.controls, own), name)
+    if name in study.profile.green:
+        yield Step("green", f"{name}: memory and speed", study.green, name)
+    for tau, way in study.healings:
+        label = f"{name}: tau = {tau:g}, {way}"
+        yield Step("healing", label, partial(study.healing, tau, way), name, way)
+        yield Step("scores", f"{label}: scores", partial(study.healed_scores, tau, way), name)
 
 
 def _source(step: str) -> str:

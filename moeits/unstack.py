@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeits.families import MoELayer, expert_block
 
@@ -66,7 +68,8 @@ class ExpertList(nn.Module):
         """Compute the layer's routed output, (tokens, d), as the stacked module does."""
         out = torch.zeros_like(hidden_states)
         for expert, tokens, weights in chosen_tokens(top_k_index, top_k_weights, len(self.experts)):
-            found = self.experts[expert].down(self.hidden(expert, hidden_states[tokens]))
+            states = _filled(hidden_states[tokens])
+            found = self.experts[expert].down(self.hidden(expert, states))[: len(tokens)]
             if getattr(self.stacked, "has_post_expert_norm", False):
                 found = self.stacked.post_expert_norm(found)
             out.index_add_(0, tokens, (found * weights[:, None]).to(out.dtype))
@@ -88,6 +91,45 @@ class ExpertList(nn.Module):
             parameter = getattr(self.stacked, f"{name}_proj")
             parameter.copy_(weight.mT if transposed else weight)
         return self.stacked
+
+
+def one_by_one(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute the routed output of stacked experts, (tokens, d), expert by expert.
+
+    What transformers' plain loop does, faster on a CPU: see :func:`_filled`. transformers knows it as the
+    experts implementation :data:`ONE_BY_ONE`.
+    """
+    product = torch.matmul if module.is_transposed else linear
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+
+    def project(states: Tensor, name: str, expert: int) -> Tensor:
+        found = product(states, getattr(module, name)[expert])
+        return found + getattr(module, f"{name}_bias")[expert] if module.has_bias else found
+
+    out = torch.zeros_like(hidden_states)
+    for expert, tokens, weights in chosen_tokens(top_k_index, top_k_weights, len(module.down_proj)):
+        states = project(_filled(hidden_states[tokens]), first, expert)
+        states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
+        found = project(states, "down_proj", expert)[: len(tokens)]
+        if module.has_post_expert_norm:
+            found = module.post_expert_norm(found)
+        out.index_add_(0, tokens, (found * weights[:, None]).to(out.dtype))
+    return out
+
+
+ONE_BY_ONE = "one_by_one"
+ALL_EXPERTS_FUNCTIONS.register(ONE_BY_ONE, one_by_one)
+
+
+def _filled(states: Tensor) -> Tensor:
+    """Add rows of zeros up to a multiple of 32.
+
+    A CPU's library prepares a matrix product for each new shape, which can take longer than the product; this
+    way there are few.
+    """
+    return pad(states, (0, 0, 0, -len(states) % 32))
 
 
 def chosen_tokens(index: Tensor, weights: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -184,7 +184,7 @@ def test_a_joint_histogram_larger_than_the_table_is_counted_in_bands(monkeypatch
 
 
 def test_large_counts_are_summed_like_small_ones(monkeypatch):
-    # Joint counts from 1 up, above the 4,096 that a table of c log c covers, above 65,536 and its double.
+    # Joint counts from 1 up, above the 256 that one byte and the table of c log c cover, and above 65,536.
     x = np.repeat(np.arange(9), 3 ** np.arange(4, 13))
     for y in (np.arange(x.size) // 7 % 2, np.zeros(x.size, dtype=int)):
         a, b = as_codes(x), as_codes(y)

@@ -1,0 +1,87 @@
+import pytest
+from click.testing import CliRunner
+from tiny import tiny_model
+
+from moeits import plan, profiles
+from moeits.cli import main
+
+BIG = plan.Machine("big", memory=1e12, flops=1e15, watts=1000, cores=64, disk=1e13)
+
+
+@pytest.fixture
+def profile(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model("mixtral").save_pretrained(folder)
+    paper = profiles.load("paper").model_dump()
+    paper["models"] = {"tiny": paper["models"]["mixtral-8x7b"] | {"source": str(folder)}}
+    paper["healed"] = {"tiny": {0.5: ["refit", "lora"]}}
+    paper["green"] = ["tiny"]
+    return profiles.Profile(**paper | {"documents": "packaged"})
+
+
+def by_label(found):
+    return {demand.label: demand for demand in found}
+
+
+def test_every_step_of_the_paper_profile_has_a_demand():
+    found = by_label(plan.demands(profiles.load("paper"), BIG))
+    assert found["mixtral-8x7b: checkpoint"].disk == pytest.approx(93.4e9, rel=0.01)
+    assert found["qwen1.5-moe: checkpoint"].disk == pytest.approx(28.6e9, rel=0.01)
+    scores, healing = found["qwen1.5-moe: tau = 1.25"], found["qwen1.5-moe: tau = 1.25, lora"]
+    assert scores.on_gpu
+    assert 28.6e9 < scores.memory < healing.memory < 80e9
+    assert not found["qwen1.5-moe: NMI"].on_gpu
+    assert found["qwen1.5-moe: NMI"].memory < 3e9
+    assert not plan.shortages(found.values(), BIG)
+
+
+def test_the_nmi_costs_as_many_weights_as_there_are_pairs(profile):
+    found = by_label(plan.demands(profile, BIG))
+    twice = plan.Machine(**vars(BIG) | {"cores": 128})
+    one, other = found["tiny: NMI"].seconds, by_label(plan.demands(profile, twice))["tiny: NMI"].seconds
+    assert one == pytest.approx(2 * other)
+
+
+def test_more_shots_and_steps_take_longer_and_a_larger_batch_more_memory(profile):
+    slow = plan.Machine(**vars(BIG) | {"flops": 1e6})
+
+    def demand(label, **changes):
+        healing = profile.healing.model_copy(update=changes.pop("healing", {}))
+        changed = profile.model_copy(update=changes | {"healing": healing})
+        return by_label(plan.demands(changed, slow))[label]
+
+    assert demand("tiny: tau = 0.5", shots=15).seconds > 2 * demand("tiny: tau = 0.5", shots=0).seconds
+    lora = "tiny: tau = 0.5, lora"
+    twice = demand(lora, healing={"steps": 1000}).seconds - demand(lora, healing={"steps": 500}).seconds
+    once = demand(lora, healing={"steps": 500}).seconds - demand(lora, healing={"steps": 0}).seconds
+    assert twice == pytest.approx(once)
+    assert demand(lora, healing={"batch_size": 64}).memory > 2 * demand(lora).memory
+
+
+def test_what_is_short_is_said_with_what_would_help():
+    found = plan.demands(profiles.load("paper"), plan.find_machine("h100"))
+    short = plan.shortages(found, plan.Machine("one", 80e9, 1e15, 700, 16, 1e9))
+    assert any("mixtral-8x7b: whole model: needs 94 GB of 80 GB" in line for line in short)
+    assert any(line.startswith("disk: ") and "of 1 GB free" in line for line in short)
+    offloaded = plan.shortages(found, plan.Machine("one", 80e9, 1e15, 700, 16, 1e13), offload=True)
+    assert offloaded
+    assert all("lora" in line and "fewer sequences" in line for line in offloaded)
+
+
+def test_the_command_prints_the_plan_and_fails_where_it_does_not_fit():
+    done = CliRunner().invoke(main, ["run", "--profile", "paper", "--dry-run", "--on", "rtx-4090"])
+    assert done.exit_code == 1
+    assert "rtx-4090: 24 GB" in done.output
+    assert "qwen1.5-moe: tau = 1.25, lora" in done.output
+    assert "it does not fit" in done.output
+    unknown = CliRunner().invoke(main, ["run", "--profile", "paper", "--dry-run", "--on", "abacus"])
+    assert "no data of the GPU 'abacus': there are those of rtx-4090, a100-80gb, h100, h200" in unknown.output
+    laptop = CliRunner().invoke(main, ["run", "--dry-run"])
+    assert "is made by the run itself" in laptop.output
+
+
+def test_this_machine_is_found():
+    machine = plan.find_machine()
+    assert machine.cores >= 1
+    assert machine.memory > 1e9
+    assert machine.flops > 1e9
