@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
+from moeits import records
+from moeits.paths import DATA, ROOT
 from moeits.standin import names
 
 RECIPE = ["steps=1", "batch_size=1", "accumulation=1", "max_tokens=64", "rank=8"]
@@ -29,15 +32,10 @@ def run(*arguments: object) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
 
 
-@click.command()
-@click.argument("models", nargs=-1)
-@click.option("--layers", default=2, show_default=True)
-@click.option("--shrink", default=1, show_default=True, help="Divisor of the widths; 1 is full width.")
-@click.option("--disk", type=click.Path(path_type=Path, exists=True), help="Where to put the folders.")
-def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None) -> None:
-    """Make, measure, prune, heal, score and load stand-ins for MODELS (all three by default)."""
-    click.echo(f"{'model':18} {'step':10} {'seconds':>8} {'peak GB':>8}")
-    for name in models or names():
+def measure(models: Iterable[str], layers: int, shrink: int, disk: Path | None) -> list[dict]:
+    """Take stand-ins through the chain; return tidy rows (see :func:`moeits.records.row`)."""
+    rows = []
+    for name in models:
         with tempfile.TemporaryDirectory(dir=disk) as scratch:
             at = Path(scratch)
             recipe = [part for setting in RECIPE for part in ("-s", setting)]
@@ -52,7 +50,35 @@ def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None) -
             }
             for step, arguments in steps.items():
                 seconds, memory = run(step, *arguments)
-                click.echo(f"{name:18} {step:10} {seconds:8.1f} {memory:8.1f}")
+                common = {"model": name, "task": step, "n": layers}
+                rows += [
+                    records.row(**common, metric="seconds", value=seconds, unit="s"),
+                    records.row(**common, metric="peak memory", value=memory, unit="GB"),
+                ]
+                click.echo(f"{name:18} {step:10} {seconds:8.1f} s {memory:8.1f} GB")
+    return rows
+
+
+@click.command()
+@click.argument("models", nargs=-1)
+@click.option("--layers", default=2, show_default=True)
+@click.option("--shrink", default=1, show_default=True, help="Divisor of the widths; 1 is full width.")
+@click.option("--disk", type=click.Path(path_type=Path, exists=True), help="Where to put the folders.")
+@click.option("--profile", default="laptop", show_default=True, help="Whose records the rows belong to.")
+def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None, profile: str) -> None:
+    """Make, measure, prune, heal, score and load stand-ins for MODELS (all three by default)."""
+    inputs = {
+        "models": list(models or names()),
+        "layers": layers,
+        "shrink": shrink,
+        "source": records.file_digest(ROOT / "benchmarks" / "standins.py"),
+        "lock": records.lock_digest(),
+    }
+    folder = DATA / "results" / profile
+    found = records.remember(
+        folder, "bench-standins", inputs, lambda: (measure(inputs["models"], layers, shrink, disk), {})
+    )
+    click.echo(folder / f"{found.id}.json")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The command line. Each command is thin: it parses, calls one function of the package and prints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,24 +191,43 @@ def run(
         raise click.ClickException(str(error)) from error
 
 
+def _spread(command: Callable) -> Callable:
+    """Give a command the options of what spreads its work."""
+    command = click.option("--scheduler", help="Address of the Dask scheduler, for --backend dask.")(command)
+    help_ = "Backend of joblib that spreads the work: loky, dask or ray.  [default: none]"
+    return click.option("--backend", help=help_)(command)
+
+
+def _backend_options(backend: str | None, scheduler: str | None) -> dict[str, object]:
+    if scheduler and backend != "dask":
+        raise click.UsageError("--scheduler belongs to --backend dask")
+    return {"backend": backend, **({"scheduler_host": scheduler} if scheduler else {})}
+
+
 @main.command()
 @click.argument("model", required=False)
 @click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
-def ablate(model: str | None, profile: str) -> None:
-    """Score MODEL of a profile, or all its models, at every tau of the profile."""
+@_spread
+def ablate(model: str | None, profile: str, backend: str | None, scheduler: str | None) -> None:
+    """Score MODEL of a profile, or all its models, at every tau of the profile, pruned and healed."""
     from moeits import pipeline, profiles, records
 
     settings = profiles.load(profile)
+    if model:
+        settings.model(model)
     for name in [model] if model else settings.models:
-        study = pipeline.Study(settings, name)
-        found = []
-        for tau in [None, *study.taus]:
-            click.echo(f"{name}: {'whole model' if tau is None else f'tau = {tau:g}'}")
-            found.append(study.scores(tau))
-        rows = records.frame(found)
+        if settings.healing:
+            every = {tau: ["lora"] for tau in pipeline.Study(settings, name).taus}
+            settings = settings.model_copy(update={"healed": settings.healed | {name: every}})
+        wanted = ("models", "NMI", "scores", "healing")
+        steps = [step for step in pipeline.steps(settings, name) if step.stage in wanted]
+        done = pipeline.do(steps, say=click.echo, **_backend_options(backend, scheduler))
+        rows = records.frame(
+            record for step, record in zip(steps, done, strict=True) if step.stage == "scores"
+        )
         rows = rows[(rows.metric == "perplexity") | (rows.task == "mean")]
         table = rows.assign(measure=rows.variant.fillna(rows.metric)).pivot_table(
-            index=["tau", "kept_share"], columns="measure", values=["value", "stderr"], dropna=False
+            index=["tau", "kept_share", "method"], columns="measure", values=["value", "stderr"], dropna=False
         )
         click.echo(table.dropna(how="all").to_string(float_format="%.4g"))
 
@@ -220,11 +239,17 @@ def ablate(model: str | None, profile: str) -> None:
 @click.option(
     "--budget", "budgets", multiple=True, help="Share to keep, or own.  [default: 0.25, 0.5, 0.75 and own]"
 )
-def rivals(profile: str, models: tuple[str, ...], methods: tuple[str, ...], budgets: tuple[str, ...]) -> None:
+@_spread
+def rivals(
+    profile: str,
+    models: tuple[str, ...],
+    methods: tuple[str, ...],
+    budgets: tuple[str, ...],
+    backend: str | None,
+    scheduler: str | None,
+) -> None:
     """Measure all methods at equal budgets. Cells that are measured are remembered."""
-    import time
-
-    from moeits import comparison, criteria, profiles
+    from moeits import comparison, criteria, pipeline, profiles
 
     settings = profiles.load(profile)
     everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
@@ -236,13 +261,8 @@ def rivals(profile: str, models: tuple[str, ...], methods: tuple[str, ...], budg
             budgets=[own if own == comparison.OWN else float(own) for own in budgets] or comparison.BUDGETS,
         )
     )
-    cells = []
-    for number, step in enumerate(steps, start=1):
-        start = time.perf_counter()
-        record = step.do()
-        click.echo(f"[{number:3}/{len(steps)}] {step.label}: {time.perf_counter() - start:.1f} s")
-        if record.step == "rival":
-            cells.append(record)
+    done = pipeline.do(steps, say=click.echo, **_backend_options(backend, scheduler))
+    cells = [record for record in done if record.step == "rival"]
     shown = comparison.table(cells).drop(columns="record")
     click.echo(shown.astype(object).where(shown.notna(), "").to_string(index=False))
 
@@ -256,8 +276,7 @@ def rivals(profile: str, models: tuple[str, ...], methods: tuple[str, ...], budg
 @click.option(
     "--n-jobs", type=click.IntRange(1), help="Threads for each layer.  [default: all cores; 1 with --backend]"
 )
-@click.option("--backend", help="Backend of joblib that spreads the layers, such as dask.")
-@click.option("--scheduler", help="Address of the Dask scheduler, for --backend dask.")
+@_spread
 def nmi(
     folder: Path,
     output: Path,
@@ -281,9 +300,8 @@ def nmi(
         bins=int(bins) if bins and bins.isdigit() else bins,
         layers=None if layers is None else _numbers(layers),
         n_jobs=n_jobs,
-        backend=backend,
         progress=True,
-        **({"scheduler_host": scheduler} if scheduler else {}),
+        **_backend_options(backend, scheduler),
     )
     write_matrices(output, matrices, settings)
     click.echo(f"{output}: {len(matrices)} layers of {settings['model']}")

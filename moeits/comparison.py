@@ -134,12 +134,11 @@ class Comparison:
 
     def found(self) -> list[Record]:
         """Cells of this model, as the settings are now, that were measured before."""
-        known = {path.stem for path in Path(self.study.records).glob("rival-*.json")}
         asked = [(WHOLE, 1.0), *((method, budget) for method in self.methods for budget in BUDGETS)]
         return [
             self.cell(method, budget)
             for method, budget in asked
-            if f"rival-{records.digest({'step': 'rival', 'inputs': self._inputs(method, budget)})}" in known
+            if records.exists(self.study.records, "rival", self._inputs(method, budget))
         ]
 
     @cached_property
@@ -435,6 +434,7 @@ def steps(
                 f"{name}: statistics of {text} tokens",
                 partial(comparison.statistics_record, text),
                 name,
+                phase=1,
             )
         for method in chosen:
             for budget in budgets:

@@ -4,12 +4,14 @@ import gc
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import joblib
 import numpy as np
 
 from moeits import devices, records
@@ -28,7 +30,7 @@ DENSE = "dense"
 _SOURCES = {
     "miniature": ("miniature", "refit", "corpus", "devices"),
     "nmi": ("nmi", "checkpoint", "families"),
-    "scores": ("evaluation", "shared_prefix", "corpus", "devices", "families", "surgery", "selection"),
+    "scores": ("evaluation", "shared_prefix", "unstack", "corpus", "devices", "families", "surgery"),
     "green": ("green", "families", "surgery", "unstack"),
     "healing": ("healing", "refit", "unstack", "corpus", "devices", "families", "surgery", "selection"),
 }
@@ -202,6 +204,16 @@ class Study:
         """Tau and way of everything that the profile heals."""
         taus = self.profile.healed.get(self.name, {})
         return [(tau, way) for tau, ways in taus.items() for way in ways]
+
+    @property
+    def healings_found(self) -> list[tuple[float, str]]:
+        """The profile's, and what else was healed before, as by ``moeits ablate``."""
+        lora, refit = self.profile.healing is not None, self.profile.refit_tokens > 0
+        ways = [way for way in HEALINGS if (lora or "lora" not in way) and (refit or "refit" not in way)]
+        others = [(tau, way) for way in ways for tau in self.taus if (tau, way) not in self.healings]
+        return self.healings + [
+            at for at in others if records.exists(self.records, "healing", self._healing_inputs(*at))
+        ]
 
     def healing(self, tau: float, way: str) -> Record:
         """Record of a healing: seconds and, layer by layer or step by step, what it reached.
@@ -546,7 +558,7 @@ def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
 class Step:
     """One step of a profile: what is done, for which model, and the call that does it or finds it done.
 
-    `way` is how the model is healed, where it is.
+    `way` is how the model is healed, where it is. Steps of one `phase` do not depend on each other.
     """
 
     stage: str
@@ -554,6 +566,7 @@ class Step:
     do: Callable[[], object]
     model: str = ""
     way: str = ""
+    phase: int = 2
 
 
 def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
@@ -569,10 +582,12 @@ def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
     chosen = [only] if only else [*([DENSE] if profile.baseline else []), *profile.models]
     studies = [Study(profile, name) for name in chosen]
     for study in studies:
-        yield Step("models", f"{study.name}: checkpoint", lambda study=study: study.folder, study.name)
+        yield Step(
+            "models", f"{study.name}: checkpoint", lambda study=study: study.folder, study.name, phase=0
+        )
     for study in studies:
         if study.name != DENSE:
-            yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi, study.name)
+            yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi, study.name, phase=1)
     for study in studies:
         yield from _study_steps(study)
 
@@ -592,7 +607,50 @@ def _study_steps(study: Study) -> Iterator[Step]:
     for tau, way in study.healings:
         label = f"{name}: tau = {tau:g}, {way}"
         yield Step("healing", label, partial(study.healing, tau, way), name, way)
-        yield Step("scores", f"{label}: scores", partial(study.healed_scores, tau, way), name)
+        yield Step("scores", f"{label}: scores", partial(study.healed_scores, tau, way), name, way, phase=3)
+
+
+def do(
+    steps: Iterable[Step], *, say: Callable[[str], None] = print, backend: str | None = None, **options: Any
+) -> list[Any]:
+    """Do steps, one after the other here or spread over many processes and machines.
+
+    Parameters
+    ----------
+    steps : iterable of Step
+        What to do. What was done before is found in the records.
+    say : callable
+        Takes the lines of progress.
+    backend : str, optional
+        Backend of joblib: ``"loky"`` for processes of this machine, ``"dask"`` or ``"ray"`` for a cluster
+        whose machines share this folder. Steps of a phase then run at once. What a lost worker did is done
+        again by another; after the loss of all, a second call does what is left.
+    **options
+        For the backend, such as ``scheduler_host`` for Dask, or ``n_jobs``.
+
+    Returns
+    -------
+    list
+        What the steps return, in their order.
+    """
+    steps = list(steps)
+    found: dict[int, Any] = {}
+    for phase in sorted({step.phase for step in steps}):
+        numbered = [(number, step) for number, step in enumerate(steps) if step.phase == phase]
+        with joblib.parallel_config(backend or "sequential", **{"n_jobs": -1} | options):
+            results = joblib.Parallel(return_as="generator_unordered")(
+                joblib.delayed(_timed)(number, step) for number, step in numbered
+            )
+            for number, result, seconds in results:
+                found[number] = result
+                say(f"[{len(found):3}/{len(steps)}] {steps[number].label}: {seconds:.1f} s")
+    return [found[number] for number in range(len(steps))]
+
+
+def _timed(number: int, step: Step) -> tuple[int, Any, float]:
+    start = time.perf_counter()
+    result = step.do()
+    return number, result, time.perf_counter() - start
 
 
 def _source(step: str) -> str:

@@ -72,7 +72,8 @@ class Recipe(_Strict):
     max_tokens : int
         Longest sequence.
     data : str
-        ``packaged``, ``hub:OWNER/NAME`` or the folder of a data set of conversations.
+        ``packaged``, ``hub:OWNER/NAME`` or the folder of a data set of conversations, such as the paper's own
+        subset of OpenHermes-2.5 after its download (doi:10.5281/zenodo.19535551).
     gradient_checkpointing : bool
         Less memory for more time.
     save_every : int

@@ -225,6 +225,11 @@ def load(folder: Path, step: str | None = None) -> list[Record]:
     return [read(path) for path in sorted(Path(folder).glob(f"{step or '*'}-*.json"))]
 
 
+def exists(folder: Path, step: str, inputs: Mapping[str, Any]) -> bool:
+    """Say whether there is a record of a step with these inputs, as :func:`remember` takes them."""
+    return _path(folder, step, json.loads(json.dumps(inputs))).exists()
+
+
 def latest(step: str, *folders: Path) -> Record:
     """Newest record of a step in the first of some folders that has one.
 

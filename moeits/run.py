@@ -488,12 +488,17 @@ def _page_steps(profile: Profile, book: Path, figures: Path, student: bool) -> I
         yield pipeline.Step(
             "notebooks",
             f"notebook {notebook} for page {target}",
-            partial(
-                run_notebook,
-                notebook,
-                target=target,
-                parameters=parameters,
-                pages=book / folder,
-                figures=figures,
-            ),
+            partial(_run_page, notebook, target, parameters, book / folder, figures),
         )
+
+
+# Pages that show whatever records of these steps there are, also what another command measured.
+_SHOWS_ALL = {"tau-ablation": "healing", "rivals": "rival", "performance": "bench-*"}
+
+
+def _run_page(notebook: str, target: str, parameters: dict[str, Any], pages: Path, figures: Path) -> Path:
+    found = DATA / "results" / parameters["profile"]
+    depends = sorted(found.glob(f"{_SHOWS_ALL[notebook]}-*.json")) if notebook in _SHOWS_ALL else []
+    return run_notebook(
+        notebook, target=target, parameters=parameters, pages=pages, figures=figures, depends=depends
+    )

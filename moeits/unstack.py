@@ -124,12 +124,12 @@ ALL_EXPERTS_FUNCTIONS.register(ONE_BY_ONE, one_by_one)
 
 
 def _filled(states: Tensor) -> Tensor:
-    """Add rows of zeros up to a multiple of 32.
+    """Add rows of zeros up to a multiple of 32, if there are more than eight.
 
     A CPU's library prepares a matrix product for each new shape, which can take longer than the product; this
     way there are few.
     """
-    return pad(states, (0, 0, 0, -len(states) % 32))
+    return pad(states, (0, 0, 0, -len(states) % 32)) if len(states) > 8 else states
 
 
 def chosen_tokens(index: Tensor, weights: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -55,7 +55,9 @@ def test_more_shots_and_steps_take_longer_and_a_larger_batch_more_memory(profile
     twice = demand(lora, healing={"steps": 1000}).seconds - demand(lora, healing={"steps": 500}).seconds
     once = demand(lora, healing={"steps": 500}).seconds - demand(lora, healing={"steps": 0}).seconds
     assert twice == pytest.approx(once)
-    assert demand(lora, healing={"batch_size": 64}).memory > 2 * demand(lora).memory
+    two, four, eight = (demand(lora, healing={"batch_size": size}).memory for size in (2, 4, 8))
+    assert eight - four == pytest.approx(2 * (four - two))
+    assert four > two
 
 
 def test_what_is_short_is_said_with_what_would_help():
