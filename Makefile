@@ -54,16 +54,15 @@ ablation: env ## measure the whole tau grid of MODEL (all models without it) in 
 rivals: env ## measure all methods at equal budgets in PROFILE
 	$(RUN)moeits rivals --profile $(PROFILE)
 
-bench: env ## time the NMI on layers of the paper's exact shapes
+bench: env ## time the NMI on layers of the paper's exact shapes, and the scoring of questions
 	$(RUN)python benchmarks/nmi.py
+	$(RUN)python benchmarks/evaluation.py
 
 paper-check: env ## take the whole chain through stand-ins of the paper's models at full width
 	$(RUN)python benchmarks/standins.py
 
-reference: ## copy the laptop profile's records to data/reference, where they are committed
-	rm -rf data/reference/laptop
-	mkdir -p data/reference
-	cp -R data/results/laptop data/reference/laptop
+reference: env ## copy the laptop profile's records to data/reference and their table into the README
+	$(RUN)python -m moeits.reference
 
 clean: ## delete the built book, the executed notebooks and the figures (models and records stay)
 	rm -rf book/_build book/notebooks data/figures

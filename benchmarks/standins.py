@@ -78,7 +78,7 @@ def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None, p
     found = records.remember(
         folder, "bench-standins", inputs, lambda: (measure(inputs["models"], layers, shrink, disk), {})
     )
-    click.echo(folder / f"{found.id}.json")
+    click.echo(folder / f"{found.step}-{found.id}.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+import pytest
+
+from moeits import records, reference
+from moeits.paths import ROOT
+
+
+def scores(folder, number, method, tau, value, **more):
+    common = {"model": "smol-qwen", "method": method, "tau": tau, "kept_share": 0.406} | more
+    rows = [
+        records.row(**common, task="heldout", metric="perplexity", value=value, stderr=2.0, n=12),
+        records.row(**common, task="mean", metric="score", variant="acc", value=0.4, stderr=0.05, n=80),
+    ]
+    records.remember(folder, "scores", {"number": number}, lambda: (rows, {}))
+
+
+@pytest.fixture
+def measured(tmp_path):
+    folder = tmp_path / "results"
+    scores(folder, 0, "whole", None, 24.9, kept_share=1.0)
+    scores(folder, 1, "moeits", 1.25, 30.5)
+    scores(folder, 2, "moeits", 5.0, 99.0)
+    for draw, value in enumerate((30.0, 31.0, 32.0)):
+        scores(folder, 3 + draw, f"random {draw}", 1.25, value)
+    return folder
+
+
+def test_the_table_has_what_was_measured_at_the_models_own_tau(measured):
+    lines = reference.results_table(measured).splitlines()
+    assert lines[2:] == [
+        "| smol-qwen | whole | 100.0% | 24.9 ± 2.0 |  | 0.400 ± 0.050 | 80 |",
+        "|  | pruned, tau 1.25 | 40.6% | 30.5 ± 2.0 |  | 0.400 ± 0.050 | 80 |",
+        "|  | as many experts at random, mean of 3 | 40.6% | 31.0 ± 2.0 |  | 0.400 ± 0.050 | 80 |",
+    ]
+
+
+def test_records_of_steps_that_were_not_measured_again_stay(measured, tmp_path):
+    kept = tmp_path / "reference"
+    old = records.remember(kept, "bench-nmi", {}, lambda: ([], {}))
+    scores(kept, 9, "moeits", 1.25, 1.0)
+    reference.publish(measured, kept)
+    names = {file.stem for file in kept.iterdir()}
+    assert f"bench-nmi-{old.id}" in names
+    assert names - {f"bench-nmi-{old.id}"} == {file.stem for file in measured.iterdir()}
+    with pytest.raises(FileNotFoundError, match="holds no scores"):
+        reference.publish(tmp_path / "nothing", kept)
+    assert {file.stem for file in kept.iterdir()} == names
+
+
+def test_the_readme_shows_the_committed_records():
+    assert reference.results_table() in (ROOT / "README.md").read_text()
+
+
+def test_a_readme_without_its_marks_is_refused(measured, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="does not have the two marks"):
+        reference.update_readme(readme, measured)
+    assert readme.read_text() == "nothing"
