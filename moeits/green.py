@@ -45,7 +45,7 @@ def compare_costs(
     *,
     variants: Sequence[str] = VARIANTS,
     prompt: int = 512,
-    new: int = 32,
+    new: int = 16,
     repeats: int = 3,
     device: str = "cpu",
     dtype: str = "bfloat16",

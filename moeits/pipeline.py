@@ -235,9 +235,8 @@ class Study:
         tau, way
             As in :meth:`healing`.
         """
-        # The benchmarks are for what the paper does; the others are compared on held-out text alone.
-        tasks = self.profile.tasks if way == "lora" else []
-        return self._scores(way, tau, self._kept(tau), tasks, healed=self.healing(tau, way).id)
+        healed = self.healing(tau, way).id
+        return self._scores(way, tau, self._kept(tau), self.profile.tasks, healed=healed)
 
     def _healing_inputs(self, tau: float, way: str) -> dict[str, Any]:
         if way not in HEALINGS:

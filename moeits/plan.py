@@ -129,7 +129,8 @@ def demands(profile: Profile, machine: Machine) -> list[Demand]:
     ValueError
         If a model has yet to be made, so that there is no configuration to count on.
     """
-    costs = {name: _Costs(profile, name, machine) for name in profile.models}
+    questions = sum(_tokens(task, profile) for task in profile.tasks)
+    costs = {name: _Costs(profile, name, machine, questions) for name in profile.models}
     found = []
     for step in [*pipeline.steps(profile), *comparison.steps(profile)]:
         cost = costs[step.model]
@@ -191,11 +192,11 @@ def table(found: Sequence[Demand], machine: Machine) -> pd.DataFrame:
 class _Costs:
     """Demands of one model, a method for each stage: (seconds, memory, disk, whether on the GPU)."""
 
-    def __init__(self, profile: Profile, name: str, machine: Machine) -> None:
+    def __init__(self, profile: Profile, name: str, machine: Machine, questions: float) -> None:
         from moeits.families import expert_block, moe_layers, sizes
         from moeits.surgery import hollow_model
 
-        self.profile, self.name, self.machine = profile, name, machine
+        self.profile, self.machine, self.questions = profile, machine, questions
         model = hollow_model(_config(profile.model(name)))
         self.size = sizes(model)
         layers = moe_layers(model)
@@ -222,8 +223,7 @@ class _Costs:
         return pairs * _seconds_per_weight() / self.machine.cores, codes + _WORKING, 0, False
 
     def scores(self, _: str | None) -> tuple[float, float, float, bool]:
-        tokens = sum(_tokens(task, self.profile) for task in self.profile.tasks)
-        tokens += self.profile.heldout_tokens or 2**14
+        tokens = self.questions + (self.profile.heldout_tokens or 2**14)
         return self._loading + self._computing(tokens), self.size.bytes + _WORKING, 0, True
 
     def controls(self, _: str | None) -> tuple[float, float, float, bool]:
