@@ -117,8 +117,9 @@ def _value(rows: pd.DataFrame, style: str) -> str:
     """Give the mean of the rows' values, with the mean of their standard errors."""
     if rows.empty:
         return ""
-    error = rows.stderr.astype(float).mean()
-    return f"{rows.value.mean():{style}} ± {error:{style}}"
+    value, error = rows.value.mean(), rows.stderr.astype(float).mean()
+    style = style if value < 1e4 else ".1e"
+    return f"{value:{style}} ± {error:{style}}"
 
 
 def _step(file: Path) -> str:
