@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median, stdev
 from typing import TYPE_CHECKING
 
 from moeits import records
@@ -46,7 +47,7 @@ def compare_costs(
     variants: Sequence[str] = VARIANTS,
     prompt: int = 512,
     new: int = 16,
-    repeats: int = 3,
+    repeats: int = 5,
     device: str = "cpu",
     dtype: str = "bfloat16",
 ) -> list[dict]:
@@ -72,7 +73,8 @@ def compare_costs(
     list of dict
         For each variant its name, ``file_bytes``, ``memory_bytes`` (resident memory after the passes, less
         that before the model was loaded), ``multiply_adds`` per token, ``prefill`` and ``decode`` in tokens
-        per second, ``joules`` per generated token or None.
+        per second with their standard errors over the repetitions (``prefill_stderr``, ``decode_stderr``),
+        ``joules`` per generated token or None.
 
     Raises
     ------
@@ -157,16 +159,16 @@ def _measure(job: Mapping) -> dict:
             if before is not None and after is not None:
                 joules.append((after - before) / job["new"])
 
-    def median(values: Sequence[float]) -> float:
-        return sorted(values[1:])[(len(values) - 1) // 2]  # the first warms up
-
+    prefill, decode, joules = prefill[1:], decode[1:], joules[1:]  # the first pass warms up
     on_device = torch.cuda.max_memory_allocated() if job["device"].startswith("cuda") else 0
     return {
         "file_bytes": file_bytes,
         "memory_bytes": on_device or max(_resident() - before_loading, 0),
         "multiply_adds": products,
         "prefill": median(prefill),
+        "prefill_stderr": stdev(prefill) / len(prefill) ** 0.5,
         "decode": median(decode),
+        "decode_stderr": stdev(decode) / len(decode) ** 0.5,
         "joules": median(joules) if joules else None,
     }
 

@@ -188,7 +188,14 @@ _SAME_AS_LLAMA = (
 )
 
 
-def build(name: str, folder: Path | str, *, tokens: int = 32_768, progress: bool = True) -> Path:
+def build(
+    name: str,
+    folder: Path | str,
+    *,
+    tokens: int = 32_768,
+    layers: int | None = None,
+    progress: bool = True,
+) -> Path:
     """Make a laptop model.
 
     Parameters
@@ -199,6 +206,8 @@ def build(name: str, folder: Path | str, *, tokens: int = 32_768, progress: bool
         A new folder, written whole or not at all: a checkpoint with its tokenizer, and ``miniature.json``.
     tokens : int
         Tokens of calibration text that it is fitted to.
+    layers : int, optional
+        First decoder layers of the dense model to use; all by default. Fewer are enough for trying what runs.
     progress : bool
         Whether to show a progress bar.
 
@@ -223,9 +232,9 @@ def build(name: str, folder: Path | str, *, tokens: int = 32_768, progress: bool
         raise FileExistsError(f"{folder} exists: remove it or choose another folder")
     if name == "dense":
         with whole(folder) as part:
-            shutil.copytree(dense(), part)
+            shutil.copytree(dense(layers=layers), part)
         return folder
-    source = dense()
+    source = dense(layers=layers)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = LlamaForCausalLM.from_pretrained(source, dtype=choose("cpu")[1])
     calibration = _blocks("calibration", tokenizer, tokens)
@@ -243,13 +252,15 @@ def build(name: str, folder: Path | str, *, tokens: int = 32_768, progress: bool
     return folder
 
 
-def dense(folder: Path | str | None = None) -> Path:
+def dense(folder: Path | str | None = None, *, layers: int | None = None) -> Path:
     """Return the dense model that the laptop models are carved from, SmolLM2-135M-Instruct, as a checkpoint.
 
     Parameters
     ----------
     folder : path, optional
         Where it lies or shall lie; by default in the cache of the project.
+    layers : int, optional
+        Its first decoder layers alone.
 
     Returns
     -------
@@ -267,10 +278,12 @@ def dense(folder: Path | str | None = None) -> Path:
             made_of = hashlib.file_digest(file, "sha256")
         made_of.update(inspect.getsource(_save_dense).encode())
         folder = CACHE / "miniature" / f"dense-{made_of.hexdigest()[:12]}"
+        if layers is not None:
+            folder = folder.with_name(f"{folder.name}-{layers}")
     folder = Path(folder)
     if not folder.exists():
         with whole(folder) as part:
-            _save_dense(package, part)
+            _save_dense(package, part) if layers is None else _save_first_layers(dense(), part, layers)
     return folder
 
 
@@ -282,10 +295,22 @@ def _save_dense(package: Path, folder: Path) -> None:
     del settings["quantization_config"]
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
+    _measure_and_save(model, AutoTokenizer.from_pretrained(package, gguf_file=_GGUF), folder)
+
+
+def _save_first_layers(source: Path, folder: Path, layers: int) -> None:
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    if not 0 < layers <= len(model.model.layers):
+        raise ValueError(f"layers is {layers}: the model has {len(model.model.layers)}")
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    _measure_and_save(model, AutoTokenizer.from_pretrained(source), folder)
+
+
+@torch.no_grad()
+def _measure_and_save(model: LlamaForCausalLM, tokenizer: object, folder: Path) -> None:
     model = model.to(choose("cpu")[1])
-    blocks = _blocks("heldout", tokenizer, _HELDOUT)
-    stream = _Stream(model, blocks)
+    stream = _Stream(model, _blocks("heldout", tokenizer, _HELDOUT))
     for layer in model.model.layers:
         hidden = stream.attend(layer)
         stream.add(layer.mlp(hidden))

@@ -132,10 +132,10 @@ class Study:
         """Folder of the whole model's checkpoint: built, downloaded or as given."""
         kind, _, rest = self.source.partition(":")
         if kind == "miniature":
-            tokens = self.profile.carving_tokens
+            asked = {"tokens": self.profile.carving_tokens, "layers": self.profile.carving_layers}
             made_of = {
                 "name": rest,
-                "tokens": tokens,
+                **asked,
                 "source": _source("miniature"),
                 "lock": records.lock_digest(),
             }
@@ -143,7 +143,7 @@ class Study:
             if not folder.exists():
                 from moeits import miniature
 
-                miniature.build(rest, folder, tokens=tokens)
+                miniature.build(rest, folder, **asked)
             return folder
         if kind == "hub":
             from huggingface_hub import snapshot_download
@@ -336,6 +336,7 @@ class Study:
                     metric=metric,
                     value=costs[metric],
                     unit=unit,
+                    stderr=costs.get(f"{metric}_stderr"),
                 )
                 for costs in found
                 for metric, unit in units.items()

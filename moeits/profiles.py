@@ -113,6 +113,8 @@ class Profile(_Strict):
         The dense model that the laptop models were carved from: ``miniature:dense``.
     carving_tokens : int
         Tokens of calibration text that laptop models are carved with.
+    carving_layers : int, optional
+        First decoder layers of the dense model that laptop models are carved from; all by default.
     preset : {"paper", "official"}
         Weights of the projections and diagonal, see :data:`moeits.nmi.PRESETS`.
     tau_grid : list of float
@@ -167,6 +169,7 @@ class Profile(_Strict):
     models: dict[str, ModelSettings] = Field(min_length=1)
     baseline: str | None = None
     carving_tokens: int = Field(default=32_768, ge=512)
+    carving_layers: int | None = Field(default=None, ge=1)
     preset: Literal["paper", "official"] = "paper"
     tau_grid: list[Tau] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)

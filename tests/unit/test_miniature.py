@@ -161,7 +161,7 @@ def packages(llama, tokens, monkeypatch, tmp_path):
     dense = tmp_path / "dense"
     miniature._save(llama, tokenizer, dense, {"name": "dense", "perplexity": 3.5})
     llama.float()
-    monkeypatch.setattr(miniature, "dense", lambda: dense)
+    monkeypatch.setattr(miniature, "dense", lambda **_: dense)
     monkeypatch.setattr(miniature, "LAYOUTS", TINY)
     monkeypatch.setattr(
         miniature, "_blocks", lambda part, *_: tokens[:8] if part == "calibration" else tokens[8:]
@@ -208,6 +208,18 @@ def test_command_builds_and_prints_the_report(packages):
 def test_build_of_the_dense_model_is_a_copy(packages):
     folder = miniature.build("dense", packages / "copy")
     assert (folder / "model.safetensors").read_bytes() == (packages / "dense/model.safetensors").read_bytes()
+
+
+def test_the_first_layers_alone(packages, tmp_path):
+    miniature._save_first_layers(packages / "dense", tmp_path, 1)
+    part, all_ = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, packages / "dense"))
+    assert part.config.num_hidden_layers == len(part.model.layers) == 1
+    assert len(all_.model.layers) > 1
+    one, other = (model.model.layers[0].state_dict() for model in (part, all_))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "miniature.json").read_text())["perplexity"] > 1
+    with pytest.raises(ValueError, match=r"layers is 99: the model has"):
+        miniature._save_first_layers(packages / "dense", tmp_path, 99)
 
 
 def test_unknown_name_names_the_models(tmp_path):
