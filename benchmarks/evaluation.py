@@ -83,7 +83,7 @@ def measure(folder: Path, settings: list[tuple[str, int]], limit: int) -> list[d
 @click.command()
 @click.option("--shots", multiple=True, type=int, default=(5, 15), show_default=True)
 @click.option("--dtype", multiple=True, default=("float32", "bfloat16"), show_default=True)
-@click.option("--limit", default=5, show_default=True, help="Questions per task.")
+@click.option("--limit", default=4, show_default=True, help="Questions per task.")
 @click.option("--profile", default="laptop", show_default=True, help="Whose records the rows belong to.")
 def main(shots: tuple[int, ...], dtype: tuple[str, ...], limit: int, profile: str) -> None:
     """Compare seconds and answers on a laptop model."""

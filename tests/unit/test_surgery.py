@@ -337,7 +337,8 @@ def test_folders_load_where_moeits_is_not_installed(outside, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_load_model_needs_no_code_of_the_folder(outside, name):
     home, models, _ = outside
-    loaded = load_model(home / name)
+    implementation = models[name].config._experts_implementation
+    loaded = load_model(home / name, experts_implementation=implementation)
     assert torch.equal(logits(loaded), logits(models[name]))
     assert sizes(loaded) == sizes(models[name])
     assert loaded.kept == models[name].kept
