@@ -196,6 +196,7 @@ def nmi_matrix(
     if correction == "null" and align:
         raise ValueError('correction="null" is not defined with align=True: shuffled weights have no neurons')
     orders = _matched(block) if align else None
+    room: list[np.ndarray] = []
     R = _sum_of_projections(
         block,
         projection_weights,
@@ -206,6 +207,7 @@ def nmi_matrix(
             name=projection,
             correction=None if correction == "null" else correction,
             orders=orders,
+            room=room,
         ),
     )
     if correction == "null":
@@ -357,6 +359,7 @@ def projection_nmi(
     correction: str | None = None,
     orders: Mapping[tuple[int, int], np.ndarray] | None = None,
     shuffle: tuple[int, int] | None = None,
+    room: list[np.ndarray] | None = None,
 ) -> np.ndarray:
     """NMI of all pairs of experts for one projection.
 
@@ -374,6 +377,9 @@ def projection_nmi(
         For each pair, the order of the second expert's hidden neurons.
     shuffle : (int, int), optional
         Seed and number of a draw: every second expert's weights are shuffled.
+    room : list of ndarray of uint16, optional
+        Memory of another projection's codes to use again, and left with this one's: fresh memory costs as
+        much as finding the codes does.
 
     Returns
     -------
@@ -388,9 +394,16 @@ def projection_nmi(
         raise ValueError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")
     R = np.zeros((experts, experts))
     with ThreadPoolExecutor(workers) as pool:
-        coded = list(
-            pool.map(lambda e: _discretise_named(weights[e], bins, f"{name} of expert {e}"), range(experts))
-        )
+        spare = room or []
+
+        def code(e: int) -> Codes:
+            return _discretise_named(
+                weights[e], bins, f"{name} of expert {e}", spare[e] if e < len(spare) else None
+            )
+
+        coded = list(pool.map(code, range(experts)))
+        if room is not None:
+            room[:] = [a.codes for a in coded]
         elements = {a.codes.size for a in coded}
         if len(elements) > 1:
             raise ValueError(f"{name}: the experts have different sizes, {sorted(elements)} weights")
@@ -426,7 +439,7 @@ def projection_nmi(
     return R
 
 
-def discretise(weights: object, bins: str | int = "auto") -> Codes:
+def discretise(weights: object, bins: str | int = "auto", *, out: np.ndarray | None = None) -> Codes:
     """Replace every weight by the number of its bin.
 
     Bins have equal width from the least to the largest weight; the last includes its right edge. Edges are
@@ -438,6 +451,8 @@ def discretise(weights: object, bins: str | int = "auto") -> Codes:
         Any shape; float64, float32, float16 or bfloat16.
     bins : "auto" or int
         Number of bins.
+    out : ndarray of uint16, optional
+        Where the codes go, if it is of the right size.
 
     Returns
     -------
@@ -452,7 +467,12 @@ def discretise(weights: object, bins: str | int = "auto") -> Codes:
     array, bfloat16 = _as_array(weights)
     if array.size == 0:
         raise ValueError("there are no weights")
-    return _code_patterns(array, bfloat16, bins) if array.itemsize == 2 else _code_floats(array, bins)
+    if out is None or out.size != array.size:
+        # NumPy lays large arrays in huge pages; one made inside a compiled function costs three times more.
+        out = np.empty(array.size, dtype=np.uint16)
+    return (
+        _code_patterns(array, bfloat16, bins, out) if array.itemsize == 2 else _code_floats(array, bins, out)
+    )
 
 
 def joint_entropy(a: Codes, b: Codes) -> float:
@@ -589,9 +609,9 @@ def _joint_entropies(pairs: list[tuple[Codes, Codes]]) -> list[float]:
     ]
 
 
-def _discretise_named(weights: object, bins: str | int, name: str) -> Codes:
+def _discretise_named(weights: object, bins: str | int, name: str, out: np.ndarray | None = None) -> Codes:
     try:
-        return discretise(weights, bins)
+        return discretise(weights, bins, out=out)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -656,7 +676,7 @@ def _iqr(size: int, order_statistics: Callable[[np.ndarray], np.ndarray]) -> flo
     return float(quartiles[1] - quartiles[0])
 
 
-def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int) -> Codes:
+def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int, codes: np.ndarray) -> Codes:
     """Codes of 16-bit weights: all that matters is how often each of the 65,536 bit patterns occurs."""
     occurrences = _count(patterns)
     occupied = np.flatnonzero(occurrences).astype(np.uint16)
@@ -677,20 +697,17 @@ def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int) -> Cod
     rank_of_bin, counts = _rank(counts)
     code_of_pattern = np.zeros(1 << 16, dtype=np.uint16)
     code_of_pattern[occupied] = rank_of_bin[bin_of_value]
-    # NumPy lays large arrays in huge pages; one made inside the compiled function costs three times more.
-    codes = np.empty(patterns.size, dtype=np.uint16)
     _look_up(patterns, code_of_pattern, codes)
     return Codes(codes, counts, _entropy(_xlogx(counts), patterns.size))
 
 
-def _code_floats(array: np.ndarray, bins: str | int) -> Codes:
+def _code_floats(array: np.ndarray, bins: str | int, codes: np.ndarray) -> Codes:
     """Codes of float32 and float64 weights, by arithmetic that the edges then correct."""
 
     def iqr() -> float:
         return _iqr(array.size, lambda ranks: np.sort(array)[ranks])
 
     edges = _edges(array.min(), array.max(), array.size, iqr, bins)
-    codes = np.empty(array.size, dtype=np.uint16)
     rank_of_bin, counts = _rank(_bin(array, edges, codes))
     _look_up(codes, rank_of_bin, codes)
     return Codes(codes, counts, _entropy(_xlogx(counts), array.size))
