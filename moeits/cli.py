@@ -126,22 +126,6 @@ def _show_plan(name: str, gpu: str | None) -> None:
         raise click.ClickException("\n".join(["it does not fit:", *short]))
 
 
-def _show_plan(name: str, gpu: str | None) -> None:
-    """Print what a profile takes; what does not fit is an error."""
-    from moeits import plan, profiles
-
-    profile = profiles.load(name)
-    machine = plan.find_machine(gpu)
-    click.echo(
-        f"{machine.name}: {machine.memory / 1e9:.0f} GB, {machine.flops / 1e12:.3g} TFLOP/s in bfloat16, "
-        f"{machine.watts:.0f} W; {machine.cores} processor cores; {machine.disk / 1e9:.0f} GB of disk free"
-    )
-    found = plan.demands(profile, machine)
-    click.echo(plan.table(found, machine).to_string(index=False, float_format="{:.2f}".format))
-    if short := plan.shortages(found, machine, offload=profile.device_map == "auto"):
-        raise click.ClickException("\n".join(["it does not fit:", *short]))
-
-
 @main.command()
 @click.argument("notebook", required=False)
 @click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
