@@ -261,7 +261,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     # The other counter starts from the size of the process that started this one.
-    with suppress(OSError):
+    with suppress(OSError, IndexError):
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
