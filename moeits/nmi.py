@@ -636,11 +636,11 @@ def _as_array(weights: object) -> tuple[np.ndarray, bool]:
 def as_float(weights: object) -> np.ndarray:
     """Weights as an array of float32 or float64, of their own shape."""
     array, bfloat16 = _as_array(weights)
-    values = _patternsas_float32(array, bfloat16) if array.itemsize == 2 else array
+    values = _patterns_as_float32(array, bfloat16) if array.itemsize == 2 else array
     return values.reshape(np.shape(weights))
 
 
-def _patternsas_float32(patterns: np.ndarray, bfloat16: bool) -> np.ndarray:
+def _patterns_as_float32(patterns: np.ndarray, bfloat16: bool) -> np.ndarray:
     if bfloat16:
         return (patterns.astype(np.uint32) << 16).view(np.float32)
     return patterns.view(np.float16).astype(np.float32)
@@ -680,7 +680,7 @@ def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int, codes:
     """Codes of 16-bit weights: all that matters is how often each of the 65,536 bit patterns occurs."""
     occurrences = _count(patterns)
     occupied = np.flatnonzero(occurrences).astype(np.uint16)
-    values = _patternsas_float32(occupied, bfloat16)
+    values = _patterns_as_float32(occupied, bfloat16)
     if not np.isfinite(values).all():
         raise ValueError("NaN or infinite weights")
     order = np.argsort(values, kind="stable")

@@ -30,7 +30,10 @@ DENSE = "dense"
 _SOURCES = {
     "miniature": ("miniature", "refit", "corpus", "devices"),
     "nmi": ("nmi", "checkpoint", "families"),
-    "scores": ("evaluation", "shared_prefix", "unstack", "corpus", "devices", "families", "surgery"),
+    "scores": (
+        *("evaluation", "shared_prefix", "corpus", "devices"),
+        *("families", "surgery", "selection", "unstack"),
+    ),
     "green": ("green", "families", "surgery", "unstack"),
     "healing": ("healing", "refit", "unstack", "corpus", "devices", "families", "surgery", "selection"),
 }
