@@ -176,7 +176,7 @@ class Comparison:
         from moeits import corpus
         from moeits.criteria.statistics import gather, random_tokens, write_statistics
 
-        model, tokens = self._load(), self.profile.calibration_tokens
+        model, tokens = self.study.load(), self.profile.calibration_tokens
         if text == "random":
             blocks = random_tokens(model, tokens, seed=self.profile.seed)
         else:
@@ -222,13 +222,7 @@ class Comparison:
     def _layers(self) -> "dict[int, Layer]":
         from moeits.criteria.statistics import layers_of
 
-        return layers_of(self._load())
-
-    def _load(self) -> "nn.Module":
-        from moeits.surgery import load_model
-
-        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
-        return load_model(self.study.folder, dtype=dtype, device=device)
+        return layers_of(self.study.load())
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -282,7 +276,7 @@ class Comparison:
                 "selection memory": (records.peak_memory(), "bytes"),
                 "calibration tokens": (self.profile.calibration_tokens if text == "calibration" else 0, "1"),
             }
-        model = self._load()
+        model = self.study.load()
         if blocks:
             for layer in moe_layers(model):
                 write_block(layer, blocks[layer.layer])

@@ -281,7 +281,7 @@ class Study:
             model,
             tokenizer,
             work,
-            original=self._load if "refit" in way else None,
+            original=self.load if "refit" in way else None,
             refit_tokens=self.profile.refit_tokens,
             recipe=self.profile.healing if "lora" in way else None,
             progress=True,
@@ -349,7 +349,7 @@ class Study:
 
         return self._remember("green", inputs, measure, **settings)
 
-    def _load(self, folder: Path | None = None) -> "nn.Module":
+    def load(self, folder: Path | None = None) -> "nn.Module":
         """Load the model, or that of another folder, as it is scored."""
         from moeits.surgery import load_model
 
@@ -364,10 +364,10 @@ class Study:
         from moeits.surgery import prune_model
 
         if not self.profile.device_map:
-            return prune_model(self._load(), kept)
+            return prune_model(self.load(), kept)
         # What lies outside the GPU cannot be cut in memory.
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            return self._load(prune_checkpoint(self.folder, Path(folder) / "pruned", kept))
+            return self.load(prune_checkpoint(self.folder, Path(folder) / "pruned", kept))
 
     @property
     def taus(self) -> list[float]:
@@ -499,9 +499,9 @@ class Study:
                 folder = self._healed_folder(tau, method)
                 if not folder.exists():
                     self._heal(tau, method)
-                model = self._load(folder)
+                model = self.load(folder)
             else:
-                model = self._load() if kept is None else self._pruned(kept)
+                model = self.load() if kept is None else self._pruned(kept)
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
             blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
             text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
