@@ -51,8 +51,8 @@ format: env ## format the code and strip the notebooks' outputs
 ablation: env ## measure the whole tau grid of MODEL (all models without it) in PROFILE
 	$(RUN)moeits ablate $(MODEL) --profile $(PROFILE)
 
-rivals: env ## measure all methods at equal budgets in PROFILE
-	$(RUN)moeits rivals --profile $(PROFILE)
+rivals: env ## measure all methods at equal budgets in PROFILE, several at once
+	$(RUN)moeits rivals --profile $(PROFILE) --backend loky
 
 bench: env ## time the NMI on layers of the paper's exact shapes, and the scoring of questions
 	$(RUN)python benchmarks/nmi.py

@@ -1,6 +1,6 @@
 """Take the whole chain through stand-ins of the paper's models at full width, and time each step.
 
-``python benchmarks/standins.py`` needs 30 GB of disk and 24 GB of memory; two layers of each model.
+``python benchmarks/standins.py`` takes two layers of each model, one model after the other.
 """
 
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +17,7 @@ from moeits import records
 from moeits.paths import DATA, ROOT
 from moeits.standin import names
 
+SAVING = {"standin": "whole", "prune": "pruned", "heal": "healed"}  # step -> the folder that it writes
 RECIPE = ["steps=1", "batch_size=1", "accumulation=1", "max_tokens=64", "rank=8"]
 
 
@@ -32,30 +33,32 @@ def run(*arguments: object) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
 
 
-def measure(models: Iterable[str], layers: int, shrink: int, disk: Path | None) -> list[dict]:
-    """Take stand-ins through the chain; return tidy rows (see :func:`moeits.records.row`)."""
+def measure(name: str, layers: int, shrink: int, disk: Path | None) -> list[dict]:
+    """Take a stand-in through the chain; return tidy rows (see :func:`moeits.records.row`)."""
     rows = []
-    for name in models:
-        with tempfile.TemporaryDirectory(dir=disk) as scratch:
-            at = Path(scratch)
-            recipe = [part for setting in RECIPE for part in ("-s", setting)]
-            steps = {
-                "standin": (name, "-o", at / "whole", "--layers", layers, "--shrink", shrink),
-                "nmi": (at / "whole", "-o", at / "nmi.npz"),
-                "select": (at / "nmi.npz", "--share", 0.5, "-o", at / "kept.json"),
-                "prune": (at / "whole", "--kept", at / "kept.json", "-o", at / "pruned"),
-                "heal": (at / "pruned", "-o", at / "healed", *recipe),
-                "evaluate": (at / "healed", "--tasks", "arc_easy", "--limit", 2),
-                "size": (at / "healed",),
-            }
-            for step, arguments in steps.items():
-                seconds, memory = run(step, *arguments)
-                common = {"model": name, "task": step, "n": layers}
-                rows += [
-                    records.row(**common, metric="seconds", value=seconds, unit="s"),
-                    records.row(**common, metric="peak memory", value=memory, unit="GB"),
-                ]
-                click.echo(f"{name:18} {step:10} {seconds:8.1f} s {memory:8.1f} GB")
+    with tempfile.TemporaryDirectory(dir=disk) as scratch:
+        at = Path(scratch)
+        recipe = [part for setting in RECIPE for part in ("-s", setting)]
+        steps = {
+            "standin": (name, "-o", at / "whole", "--layers", layers, "--shrink", shrink),
+            "nmi": (at / "whole", "-o", at / "nmi.npz"),
+            "select": (at / "nmi.npz", "--share", 0.5, "-o", at / "kept.json"),
+            "prune": (at / "whole", "--kept", at / "kept.json", "-o", at / "pruned"),
+            "heal": (at / "pruned", "-o", at / "healed", *recipe),
+            "evaluate": (at / "healed", "--tasks", "arc_easy", "--limit", 2),
+            "size": (at / "healed",),
+        }
+        for step, arguments in steps.items():
+            seconds, memory = run(step, *arguments)
+            common = {"model": name, "task": step, "n": layers}
+            rows += [
+                records.row(**common, metric="seconds", value=seconds, unit="s"),
+                records.row(**common, metric="peak memory", value=memory, unit="GB"),
+            ]
+            click.echo(f"{name:18} {step:10} {seconds:8.1f} s {memory:8.1f} GB")
+            if step in SAVING:
+                written = sum(file.stat().st_size for file in (at / SAVING[step]).iterdir())
+                rows.append(records.row(**common, metric="files", value=written / 1e9, unit="GB"))
     return rows
 
 
@@ -67,18 +70,18 @@ def measure(models: Iterable[str], layers: int, shrink: int, disk: Path | None) 
 @click.option("--profile", default="laptop", show_default=True, help="Whose records the rows belong to.")
 def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None, profile: str) -> None:
     """Make, measure, prune, heal, score and load stand-ins for MODELS (all three by default)."""
-    inputs = {
-        "models": list(models or names()),
-        "layers": layers,
-        "shrink": shrink,
-        "source": records.file_digest(ROOT / "benchmarks" / "standins.py"),
-        "lock": records.lock_digest(),
-    }
     folder = DATA / "results" / profile
-    found = records.remember(
-        folder, "bench-standins", inputs, lambda: (measure(inputs["models"], layers, shrink, disk), {})
-    )
-    click.echo(folder / f"{found.step}-{found.id}.json")
+    for name in models or names():
+        inputs = {
+            "model": name,
+            "layers": layers,
+            "shrink": shrink,
+            "source": records.file_digest(ROOT / "benchmarks" / "standins.py"),
+            "lock": records.lock_digest(),
+        }
+        take = partial(measure, name, layers, shrink, disk)
+        found = records.remember(folder, "bench-standins", inputs, lambda take=take: (take(), {}))
+        click.echo(folder / f"{found.step}-{found.id}.json")
 
 
 if __name__ == "__main__":

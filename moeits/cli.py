@@ -223,17 +223,24 @@ def ablate(model: str | None, profile: str, backend: str | None, scheduler: str 
 @click.option(
     "--budget", "budgets", multiple=True, help="Share to keep, or own.  [default: 0.25, 0.5, 0.75 and own]"
 )
+@click.option(
+    "--heal", "healings", multiple=True, help="refit, lora or refit + lora: the best few.  [default: refit]"
+)
 @_spread
 def rivals(
     profile: str,
     models: tuple[str, ...],
     methods: tuple[str, ...],
     budgets: tuple[str, ...],
+    healings: tuple[str, ...],
     backend: str | None,
     scheduler: str | None,
 ) -> None:
-    """Measure all methods at equal budgets. Cells that are measured are remembered."""
-    from moeits import comparison, criteria, pipeline, profiles
+    """Measure all methods at equal budgets, then score the best few on the benchmarks, as pruned and healed.
+
+    What is measured is remembered.
+    """
+    from moeits import comparison, criteria, evaluation, pipeline, profiles
 
     settings = profiles.load(profile)
     everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
@@ -245,10 +252,14 @@ def rivals(
             budgets=[own if own == comparison.OWN else float(own) for own in budgets] or comparison.BUDGETS,
         )
     )
-    done = pipeline.do(steps, say=click.echo, **_backend_options(backend, scheduler))
-    cells = [record for record in done if record.step == "rival"]
-    shown = comparison.table(cells).drop(columns="record")
-    click.echo(shown.astype(object).where(shown.notna(), "").to_string(index=False))
+    spread = {"say": click.echo, **_backend_options(backend, scheduler)}
+    cells = [record for record in pipeline.do(steps, **spread) if record.step == "rival"]
+    ways = [None, *(healings or (["refit"] if settings.refit_tokens else []))]
+    finals = pipeline.do(comparison.final_steps(settings, cells, ways), **spread)
+    for shown in (comparison.table(cells), comparison.finals_table(finals)):
+        if len(shown):
+            plain = evaluation.plain(shown.drop(columns="record")).fillna("")
+            click.echo(plain.to_string(index=False))
 
 
 @main.command()

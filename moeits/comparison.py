@@ -1,16 +1,18 @@
 """All methods at equal budgets on the same models and text: quality, cost, and which experts they agree on.
 
 Each cell (model, method, budget) is one record, so that a comparison that was stopped goes on where it was.
+The few methods that matter most are taken further: scored on the benchmarks, as pruned and healed.
 """
 
 import gc
 import math
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import combinations
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import pandas as pd
 from moeits import criteria, devices, evaluation, records
 from moeits.paths import CACHE
 from moeits.pipeline import Step, Study
-from moeits.profiles import Profile
+from moeits.profiles import HEALINGS, Profile
 from moeits.records import Record
 from moeits.selection import Kept
 
@@ -39,9 +41,16 @@ OWN = "own"
 
 BUDGETS = (0.25, 0.5, 0.75, OWN)
 
+FINAL = 0.5
+"""The budget at which the finalists are healed and scored."""
+
+FINALISTS = (REFERENCE, "reap", "random-token-norm", "random 0")
+"""Methods that always are among the finalists, beside the one with the fewest bits per byte."""
+
 Budget = float | str
 
 _SOURCES = ("comparison", "evaluation", "corpus", "devices", "families", "surgery", "selection")
+_FINAL_SOURCES = (*_SOURCES, "shared_prefix", "unstack", "healing", "refit")
 _STATISTICS_SOURCES = ("criteria/base", "criteria/statistics", "corpus", "devices", "families")
 
 
@@ -141,6 +150,47 @@ class Comparison:
             if records.exists(self.study.records, "rival", self._inputs(method, budget))
         ]
 
+    def final(self, method: str, way: str | None = None) -> Record:
+        """Score a method at the budget of the finalists on the benchmarks too, or find it scored.
+
+        Parameters
+        ----------
+        method : str
+            As in :meth:`cell`; ``"whole"`` is the model as it is.
+        way : str, optional
+            How the pruned model is healed, one of :data:`moeits.profiles.HEALINGS`; not at all by default.
+
+        Returns
+        -------
+        Record
+            Bits per byte and perplexity of the held-out text, the benchmarks' scores, and in the details the
+            answers by question.
+        """
+        return records.remember(
+            self.study.records,
+            "final",
+            self._final_inputs(method, way),
+            lambda: self._measure_final(method, way),
+            provenance=self._place,
+        )
+
+    def finals_found(self) -> list[Record]:
+        """Find the finals of this model that were measured before, as the settings are now."""
+        asked = [(WHOLE, None), *((method, way) for method in self.methods for way in (None, *HEALINGS))]
+        ways = [way for way in HEALINGS if self._can_heal(way)]
+        return [
+            self.final(method, way)
+            for method, way in asked
+            if (way is None or way in ways)
+            and records.exists(self.study.records, "final", self._final_inputs(method, way))
+        ]
+
+    def _can_heal(self, way: str) -> bool:
+        profile = self.profile
+        return ("lora" not in way or profile.healing is not None) and (
+            "refit" not in way or bool(profile.refit_tokens)
+        )
+
     @cached_property
     def counts(self) -> dict[int, int]:
         """Experts that MoEITS keeps in each layer at the model's own tau."""
@@ -230,89 +280,142 @@ class Comparison:
 
         return AutoTokenizer.from_pretrained(self.study.folder)
 
-    def _measure(self, method: str, budget: Budget) -> tuple[list[dict], dict]:
+    def _final_inputs(self, method: str, way: str | None) -> dict[str, Any]:
+        profile, way = self.profile, way or ""
+        return self._inputs(method, 1.0 if method == WHOLE else FINAL) | {
+            "way": way or None,
+            "recipe": profile.healing.model_dump() if "lora" in way and profile.healing else None,
+            "refit_tokens": profile.refit_tokens if "refit" in way else None,
+            "tasks": profile.tasks,
+            "questions": profile.questions,
+            "shots": profile.shots,
+            "documents": profile.documents,
+            "source": records.source_digest(_FINAL_SOURCES),
+        }
+
+    def _choose(self, method: str, budget: Budget) -> "_Choice":
+        """Apply a criterion to every layer; a ValueError says why it cannot meet the budget."""
+        if method == WHOLE:
+            return _Choice()
+        name, _, draw = method.partition(" ")
+        criterion = criteria.criterion(name)
+        text = _text(method)
+        statistics = self.statistics(text) if text else None
+        place = "probe" if text == "random" else "calibration"
+        layers = {
+            number: replace(
+                layer,
+                seed=int(draw or 0) + self.profile.seed,
+                memory={},
+                **{place: statistics and statistics[number]},
+            )
+            for number, layer in self._layers.items()
+        }
+        _reset_peak()
+        start = time.perf_counter()
+        budgets = {"counts": self.counts} if budget == OWN else {"share": budget}
+        counts = criteria.counts_for(name, layers, **budgets)
+        blocks = {}
+        if criterion.change is None:
+            kept = {number: criterion.keep(layer, counts[number]) for number, layer in layers.items()}
+            stored = sum(map(len, kept.values())) / sum(layer.experts for layer in layers.values())
+        else:
+            changes = {number: criterion.apply(layer, counts[number]) for number, layer in layers.items()}
+            kept = {number: change.kept for number, change in changes.items()}
+            blocks = {number: change.block for number, change in changes.items()}
+            experts = [layers[number].experts for number in changes]
+            stored = float(np.average([change.stored for change in changes.values()], weights=experts))
+        cost = {
+            "selection seconds": (time.perf_counter() - start, "s"),
+            "selection memory": (records.peak_memory(), "bytes"),
+            "calibration tokens": (self.profile.calibration_tokens if text == "calibration" else 0, "1"),
+        }
+        return _Choice(kept, blocks, stored, cost)
+
+    def _model(self, choice: "_Choice") -> "nn.Module":
+        """Load the model that a choice leaves."""
         from moeits.criteria.statistics import write_block
         from moeits.families import moe_layers
         from moeits.surgery import prune_model
 
-        cost, kept, blocks, stored = {}, None, {}, 1.0
-        if method != WHOLE:
-            name, _, draw = method.partition(" ")
-            criterion = criteria.criterion(name)
-            text = _text(method)
-            statistics = self.statistics(text) if text else None
-            place = "probe" if text == "random" else "calibration"
-            layers = {
-                number: replace(
-                    layer,
-                    seed=int(draw or 0) + self.profile.seed,
-                    memory={},
-                    **{place: statistics and statistics[number]},
-                )
-                for number, layer in self._layers.items()
-            }
-            _reset_peak()
-            start = time.perf_counter()
-            try:
-                budgets = {"counts": self.counts} if budget == OWN else {"share": budget}
-                counts = criteria.counts_for(name, layers, **budgets)
-                if criterion.change is None:
-                    kept = {number: criterion.keep(layer, counts[number]) for number, layer in layers.items()}
-                    stored = sum(map(len, kept.values())) / sum(layer.experts for layer in layers.values())
-                else:
-                    changes = {
-                        number: criterion.apply(layer, counts[number]) for number, layer in layers.items()
-                    }
-                    kept = {number: change.kept for number, change in changes.items()}
-                    blocks = {number: change.block for number, change in changes.items()}
-                    experts = [layers[number].experts for number in changes]
-                    stored = float(
-                        np.average([change.stored for change in changes.values()], weights=experts)
-                    )
-            except ValueError as error:
-                return [], {"impossible": str(error)}
-            cost = {
-                "selection seconds": (time.perf_counter() - start, "s"),
-                "selection memory": (records.peak_memory(), "bytes"),
-                "calibration tokens": (self.profile.calibration_tokens if text == "calibration" else 0, "1"),
-            }
         model = self.study.load()
-        if blocks:
+        if choice.blocks:
             for layer in moe_layers(model):
-                write_block(layer, blocks[layer.layer])
-        if kept:
-            prune_model(model, kept)
-        nats, tokens, size = self._heldout(model)
+                write_block(layer, choice.blocks[layer.layer])
+        return prune_model(model, choice.kept) if choice.kept else model
+
+    def _measure(self, method: str, budget: Budget) -> tuple[list[dict], dict]:
+        try:
+            choice = self._choose(method, budget)
+        except ValueError as error:
+            return [], {"impossible": str(error)}
+        model = self._model(choice)
+        rows, details = self._text_rows(model)
         del model
         gc.collect()
+        rows += [
+            {"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in choice.cost.items()
+        ]
+        return self._finish(method, budget, choice, rows), details | self._who_stays(choice)
+
+    def _measure_final(self, method: str, way: str | None) -> tuple[list[dict], dict]:
+        from moeits.healing import restore
+
+        profile, healed = self.profile, {}
+        budget = 1.0 if method == WHOLE else FINAL
+        choice = self._choose(method, budget)
+        model = self._model(choice)
+        if way:
+            with tempfile.TemporaryDirectory() as work:
+                healed = restore(
+                    model,
+                    self._tokenizer,
+                    Path(work),
+                    original=self.study.load if "refit" in way else None,
+                    refit_tokens=profile.refit_tokens,
+                    recipe=profile.healing if "lora" in way else None,
+                )
+        rows, details = self._text_rows(model)
+        items = evaluation.evaluate(
+            model,
+            self._tokenizer,
+            profile.tasks,
+            shots=profile.shots,
+            limit=profile.questions,
+            batch_size=profile.batch_size,
+            documents=profile.documents,
+            seed=profile.seed,
+        )
+        del model
+        gc.collect()
+        rows += evaluation.plain(evaluation.summarise(items)).to_dict("records")
+        rows += [
+            {"task": part, "metric": "seconds", "value": found["seconds"], "unit": "s"}
+            for part, found in healed.items()
+        ]
+        details |= {"items": evaluation.plain(items).to_dict("list")}
+        return self._finish(method, budget, choice, rows), details | self._who_stays(choice)
+
+    def _finish(self, method: str, budget: Budget, choice: "_Choice", rows: list[dict]) -> list[dict]:
+        common = {"model": self.name, "method": method, "kept_share": choice.stored, "task": "heldout"}
+        return [records.row(**common | {"variant": label(budget)} | row) for row in rows]
+
+    def _who_stays(self, choice: "_Choice") -> dict[str, Any]:
+        kept = choice.kept and {str(layer): list(ids) for layer, ids in choice.kept.items()}
+        return {"kept": kept, "experts": {str(number): of.experts for number, of in self._layers.items()}}
+
+    def _text_rows(self, model: "nn.Module") -> tuple[list[dict], dict]:
+        """Rows of the held-out text, and what its blocks say one by one."""
+        nats, tokens, size = self._heldout(model)
         bits = evaluation.ratio(np.array(nats) / math.log(2), size)
         mean = evaluation.ratio(nats, tokens)
         perplexity = math.exp(mean[0])
         rows = [
             {"metric": "bits per byte", "value": bits[0], "stderr": bits[1], "unit": "bits"},
-            {
-                "metric": "perplexity",
-                "value": perplexity,
-                "stderr": perplexity * mean[1],
-                "unit": "1",
-            },
+            {"metric": "perplexity", "value": perplexity, "stderr": perplexity * mean[1], "unit": "1"},
         ]
         rows = [row | {"n": len(nats), "higher_is_better": False} for row in rows]
-        rows += [{"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in cost.items()]
-        common = {
-            "model": self.name,
-            "method": method,
-            "kept_share": stored,
-            "task": "heldout",
-            "variant": label(budget),
-        }
-        details = {
-            "nats": nats,
-            "bytes": size,
-            "kept": kept and {str(layer): list(ids) for layer, ids in kept.items()},
-            "experts": {str(number): layer.experts for number, layer in self._layers.items()},
-        }
-        return [records.row(**common, **row) for row in rows], details
+        return rows, {"nats": nats, "bytes": size}
 
     def _heldout(self, model: "nn.Module") -> tuple[list[float], list[int], list[int]]:
         """Negative log-likelihood, predicted tokens and their bytes of every block of the held-out text."""
@@ -326,6 +429,16 @@ class Comparison:
         ]
         texts = [self._tokenizer.decode(block[1:], clean_up_tokenization_spaces=False) for block in blocks]
         return nats, tokens, [len(text.encode()) for text in texts]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a criterion leaves of a model: experts by layer, new weights, share of the bytes, and its cost."""
+
+    kept: Mapping[int, Sequence[int]] | None = None
+    blocks: Mapping[int, Any] = field(default_factory=dict)
+    stored: float = 1.0
+    cost: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
 
 def select_from_folder(
@@ -415,18 +528,18 @@ def steps(
     methods = profile.rivals if methods is None else methods
     budgets = profile.rival_budgets if budgets is None else budgets
     for name in (profile.rival_models or profile.models) if models is None else models:
-        comparison = Comparison(profile, name)
+        of = partial(_one, profile.model_dump_json(), name)
         chosen = [
             draw
             for method in methods
             for draw in (_random_draws(profile) if method == "random" else [method])
         ]
-        yield Step("rivals", f"{name}: {WHOLE} model", partial(comparison.cell, WHOLE, 1.0), name)
+        yield Step("rivals", f"{name}: {WHOLE} model", lambda of=of: of().cell(WHOLE, 1.0), name)
         for text in sorted({text for method in methods if (text := _text(method))}):
             yield Step(
                 "rivals",
                 f"{name}: statistics of {text} tokens",
-                partial(comparison.statistics_record, text),
+                lambda of=of, text=text: of().statistics_record(text),
                 name,
                 phase=1,
             )
@@ -435,9 +548,102 @@ def steps(
                 yield Step(
                     "rivals",
                     f"{name}: {method}, {label(budget)}",
-                    partial(comparison.cell, method, budget),
+                    lambda of=of, method=method, budget=budget: of().cell(method, budget),
                     name,
                 )
+
+
+@lru_cache(maxsize=1)
+def _one(settings: str, name: str) -> Comparison:
+    """Find the comparison that this process works on, with what it has loaded, by a profile as JSON."""
+    return Comparison(Profile.model_validate_json(settings), name)
+
+
+def finalists(cells: Iterable[Record]) -> dict[str, list[str]]:
+    """Name the methods of each model that are taken further.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+
+    Returns
+    -------
+    dict of str to list of str
+        Model -> methods: those of :data:`FINALISTS` that were measured at the budget :data:`FINAL`, and the
+        one with the fewest bits per byte of all that leave fewer experts, if it is another.
+    """
+    quality: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        if cell.rows and cell.inputs["budget"] == FINAL and _removes(cell):
+            (bits,) = (row["value"] for row in cell.rows if row["metric"] == "bits per byte")
+            quality.setdefault(cell.inputs["model"], {})[cell.inputs["method"]] = bits
+    return {
+        model: list(dict.fromkeys([min(found, key=found.__getitem__), *(m for m in FINALISTS if m in found)]))
+        for model, found in quality.items()
+    }
+
+
+def final_steps(
+    profile: Profile, cells: Iterable[Record], ways: Sequence[str | None] = (None, "refit")
+) -> Iterator[Step]:
+    """List the measurements of the finalists.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+    ways : sequence of str or None
+        How each is healed; None is as pruned.
+    """
+    for name, methods in finalists(cells).items():
+        of = partial(_one, profile.model_dump_json(), name)
+        for method, way in [(WHOLE, None), *product(methods, ways)]:
+            yield Step(
+                "finals",
+                f"{name}: {method}, {way or 'as it is'}, benchmarks",
+                lambda of=of, method=method, way=way: of().final(method, way),
+                name,
+                way or "",
+            )
+
+
+def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
+    """Tabulate finals, each paired with MoEITS healed in the same way.
+
+    Parameters
+    ----------
+    finals : iterable of Record
+        From :meth:`Comparison.final`.
+
+    Returns
+    -------
+    DataFrame
+        model, method, way (None as pruned), bits per byte and acc (mean over the benchmarks) with their
+        stderr, their difference to MoEITS with its own error, questions, and flips: those that one of the
+        two answers rightly and the other does not.
+    """
+    finals = list(finals)
+    by_key = {(final.inputs["model"], final.inputs["method"], final.inputs["way"]): final for final in finals}
+    lines = []
+    for (model, method, way), final in by_key.items():
+        line = {"model": model, "method": method, "way": way, "record": final.id}
+        for row in final.rows:
+            if row["metric"] == "bits per byte" and row["task"] == "heldout":
+                line |= {"bits per byte": row["value"], "stderr": row["stderr"]}
+            if row["task"] == evaluation.MEAN and row["variant"] == "acc":
+                line |= {"acc": row["value"], "acc stderr": row["stderr"], "questions": row["n"]}
+        other = by_key.get((model, REFERENCE, way))
+        if other is not None and method != REFERENCE:
+            line["difference"], line["difference stderr"] = paired(final, other)
+            items = [pd.DataFrame(record.details["items"]) for record in (other, final)]
+            both = evaluation.compare(*items).set_index(["task", "variant"]).loc[evaluation.MEAN, "acc"]
+            line |= {"acc difference": both.difference, "acc difference stderr": both.stderr}
+            line["flips"] = both.flips
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def table(cells: Iterable[Record]) -> pd.DataFrame:
@@ -503,8 +709,7 @@ def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
     """
     sets: dict[tuple[str, str], dict[str, Record]] = {}
     for cell in cells:
-        kept = cell.details.get("kept")
-        if kept and any(len(ids) < cell.details["experts"][layer] for layer, ids in kept.items()):
+        if _removes(cell):
             sets.setdefault((cell.inputs["model"], label(cell.inputs["budget"])), {})[
                 cell.inputs["method"]
             ] = cell
@@ -530,6 +735,12 @@ def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(lines)
+
+
+def _removes(cell: Record) -> bool:
+    """Whether a cell's model has fewer experts than the whole one."""
+    kept = cell.details.get("kept") or {}
+    return any(len(ids) < cell.details["experts"][layer] for layer, ids in kept.items())
 
 
 def jaccard(first: Sequence[int], second: Sequence[int]) -> float:

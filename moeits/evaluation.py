@@ -366,6 +366,11 @@ _SCORES = {
 MEAN = "mean"
 
 
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Replace what is missing by None, which JSON can write."""
+    return table.astype(object).where(table.notna(), None)
+
+
 def summarise(items: pd.DataFrame) -> pd.DataFrame:
     """Scores of each task and their mean over the tasks, with standard errors.
 

@@ -17,27 +17,12 @@ from pathlib import Path
 from statistics import median, stdev
 from typing import TYPE_CHECKING
 
-from moeits import records
+from moeits import energy, records
 
 if TYPE_CHECKING:
     import torch
 
 VARIANTS = ("whole", "pruned", "zeroed", "int8")
-_RAPL = Path("/sys/class/powercap")
-
-
-def energy_joules() -> float | None:
-    """Counter of the processors' energy in joules, where the machine offers one (RAPL), else None.
-
-    The counter covers everything that runs on the processors, and wraps around after some hours.
-    """
-    try:
-        counters = [
-            path / "energy_uj" for path in _RAPL.glob("intel-rapl:[0-9]*") if path.name.count(":") == 1
-        ]
-        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
-    except OSError:  # readable by root alone
-        return None
 
 
 def compare_costs(
@@ -74,7 +59,8 @@ def compare_costs(
         For each variant its name, ``file_bytes``, ``memory_bytes`` (resident memory after the passes, less
         that before the model was loaded), ``multiply_adds`` per token, ``prefill`` and ``decode`` in tokens
         per second with their standard errors over the repetitions (``prefill_stderr``, ``decode_stderr``),
-        ``joules`` per generated token or None.
+        ``joules`` per generated token or None (see :mod:`moeits.energy`), and ``surgery``, the seconds in
+        which the pruned variant's checkpoint was written, or None.
 
     Raises
     ------
@@ -86,7 +72,9 @@ def compare_costs(
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         pruned = Path(scratch) / "pruned"
+        start = time.perf_counter()
         prune_checkpoint(folder, pruned, kept)
+        surgery = time.perf_counter() - start
         for variant in variants:
             job = {
                 "folder": str(pruned if variant == "pruned" else folder),
@@ -104,7 +92,9 @@ def compare_costs(
             )
             if done.returncode:
                 raise RuntimeError(f"measuring {variant!r} failed:\n{done.stderr[-2000:]}")
-            found.append({"variant": variant, **json.loads(done.stdout.splitlines()[-1])})
+            measured = json.loads(done.stdout.splitlines()[-1])
+            measured["surgery"] = surgery if variant == "pruned" else None
+            found.append({"variant": variant, **measured})
     return found
 
 
@@ -147,17 +137,17 @@ def _measure(job: Mapping) -> dict:
             start = time.perf_counter()
             cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
             _wait(job["device"])
-            middle, before = time.perf_counter(), energy_joules()
+            middle, before = time.perf_counter(), energy.joules()
             for position in range(job["new"]):
                 cache = model(
                     input_ids=ids[:, position : position + 1], past_key_values=cache
                 ).past_key_values
             _wait(job["device"])
-            end, after = time.perf_counter(), energy_joules()
+            end, after = time.perf_counter(), energy.joules()
             prefill.append(job["prompt"] / (middle - start))
             decode.append(job["new"] / (end - middle))
-            if before is not None and after is not None:
-                joules.append((after - before) / job["new"])
+            if used := energy.spent(before, after):
+                joules.append(sum(used.values()) / job["new"])
 
     prefill, decode, joules = prefill[1:], decode[1:], joules[1:]  # the first pass warms up
     on_device = torch.cuda.max_memory_allocated() if job["device"].startswith("cuda") else 0

@@ -21,7 +21,6 @@ from moeits.records import Record
 from moeits.selection import Selection, select_layers
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch import nn
 
 DENSE = "dense"
@@ -34,7 +33,7 @@ _SOURCES = {
         *("evaluation", "shared_prefix", "corpus", "devices"),
         *("families", "surgery", "selection", "unstack"),
     ),
-    "green": ("green", "families", "surgery", "unstack"),
+    "green": ("green", "energy", "families", "surgery", "unstack"),
     "healing": ("healing", "refit", "unstack", "corpus", "devices", "families", "surgery", "selection"),
 }
 
@@ -330,6 +329,7 @@ class Study:
                 "prefill": "token/s",
                 "decode": "token/s",
                 "joules": "J/token",
+                "surgery": "s",
             }
             rows = [
                 records.row(
@@ -521,19 +521,14 @@ class Study:
                     documents=profile.documents,
                     seed=profile.seed,
                 )
-                rows += _plain(evaluation.summarise(items)).to_dict("records")
-                details["items"] = _plain(items).to_dict("list")
+                rows += evaluation.plain(evaluation.summarise(items)).to_dict("records")
+                details["items"] = evaluation.plain(items).to_dict("list")
             del model
             gc.collect()
             common = {"model": self.name, "method": method, "tau": tau, "kept_share": kept_share}
             return [records.row(**common | row) for row in rows], details
 
         return self._remember("scores", inputs, measure, **settings)
-
-
-def _plain(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Replace what is missing by None, which JSON can write."""
-    return table.astype(object).where(table.notna(), None)
 
 
 def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import pandas as pd
 
+from moeits import energy
 from moeits.paths import ROOT, whole
 
 SCHEMA = 1
@@ -100,7 +101,8 @@ class Record:
     details : dict
         What does not fit a row: answers by question, kept experts by layer.
     provenance : dict
-        Commit, versions, device, seconds (wall), peak_memory (bytes). No host names, no home paths.
+        Commit, versions, device, seconds (wall), peak_memory (bytes), joules by device where the machine
+        counts them. No host names, no home paths.
     """
 
     step: str
@@ -202,12 +204,11 @@ def remember(
     path = _path(folder, step, inputs)
     if path.exists():
         return read(path)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), energy.joules()
     rows, details = measure()
-    seconds = time.perf_counter() - start
-    facts = (
-        environment() | dict(provenance or {}) | {"seconds": round(seconds, 3), "peak_memory": peak_memory()}
-    )
+    seconds, used = time.perf_counter() - start, energy.spent(before, energy.joules())
+    cost = {"seconds": round(seconds, 3), "peak_memory": peak_memory(), **({"joules": used} if used else {})}
+    facts = environment() | dict(provenance or {}) | cost
     record = Record(step=step, inputs=inputs, rows=rows, details=details, provenance=facts)
     write(folder, record)
     return read(path)

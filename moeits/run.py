@@ -14,10 +14,12 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import joblib
 import nbformat
 import yaml
 from nbformat import NotebookNode
@@ -29,6 +31,7 @@ from moeits.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.profiles import Profile
 from moeits.records import digest, file_digest, lock_digest
 
+_NOTEBOOKS_AT_ONCE = 4  # each holds some gigabytes
 SOLUTIONS = "Solutions"  # the part of the contents that the students' book leaves out
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)} | {"Literal": Literal}
 
@@ -186,44 +189,110 @@ def run_notebook(
     NotebookError
         If a cell raises. The notebook as far as it got, with its traceback, stays in ``.cache/notebooks``.
     """
-    target, given = target or name, dict(parameters or {})
-    source = Path(notebooks) / f"{name}.ipynb"
-    if not source.exists():
-        known = ", ".join(sorted(path.stem for path in Path(notebooks).glob("*.ipynb"))) or "none"
-        raise FileNotFoundError(f"no notebook {name!r} in {notebooks}: there are {known}")
-    notebook = nbformat.read(source, as_version=4)
-    try:
-        given = check_parameters(notebook, given)
-    except ValueError as error:
-        raise ValueError(f"notebook {name!r}: {error}") from error
-    page, made = Path(pages) / f"{target}.ipynb", Path(figures) / target
-    inputs = _notebook_inputs(source, target, given, kernel, depends)
-    if not force and _is_current(page, made, records, inputs):
-        return page
-    variant = target.removeprefix(name).lstrip("-") if target != name else ""
-    with whole(made) as part:
-        part.mkdir()
-        executed = _execute(
-            source, target, given, kernel, {"MOEITS_FIGURES": str(part), "MOEITS_VARIANT": variant}
+    page = Page(
+        name,
+        target=target or name,
+        parameters=parameters or {},
+        kernel=kernel,
+        notebooks=notebooks,
+        pages=pages,
+        figures=figures,
+        records=records,
+        depends=tuple(depends),
+    )
+    return page.path if page.is_current() and not force else page.make()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of the book that a notebook makes; the attributes are the parameters of :func:`run_notebook`."""
+
+    name: str
+    target: str
+    parameters: Mapping[str, Any]
+    kernel: str = "python3"
+    notebooks: Path = NOTEBOOKS
+    pages: Path = BOOK / "notebooks"
+    figures: Path = DATA / "figures"
+    records: Path = DATA
+    depends: tuple[Path, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The page."""
+        return Path(self.pages) / f"{self.target}.ipynb"
+
+    @property
+    def source(self) -> Path:
+        """The notebook."""
+        return Path(self.notebooks) / f"{self.name}.ipynb"
+
+    @property
+    def made(self) -> Path:
+        """Folder of the page's figures."""
+        return Path(self.figures) / self.target
+
+    @cached_property
+    def notebook(self) -> NotebookNode:
+        """The notebook as it is committed."""
+        if not self.source.exists():
+            known = ", ".join(sorted(path.stem for path in Path(self.notebooks).glob("*.ipynb"))) or "none"
+            raise FileNotFoundError(f"no notebook {self.name!r} in {self.notebooks}: there are {known}")
+        return nbformat.read(self.source, as_version=4)
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """The parameters, checked."""
+        try:
+            return check_parameters(self.notebook, self.parameters)
+        except ValueError as error:
+            raise ValueError(f"notebook {self.name!r}: {error}") from error
+
+    @cached_property
+    def inputs(self) -> str:
+        """Hash of everything that the page depends on."""
+        places = [self.source, ROOT / "moeits", DATA / "paper", DATA / "profiles", *self.depends]
+        return digest([self.target, self.given, self.kernel, lock_digest(), _contents(places)])
+
+    def is_current(self) -> bool:
+        """Whether the page is there and nothing has changed since it was made."""
+        inputs = self.inputs
+        if not self.path.exists():
+            return False
+        about = nbformat.read(self.path, as_version=4).metadata.get("moeits", {})
+        return (
+            about.get("inputs") == inputs
+            and all((self.made / file).exists() for file in about["files"])
+            and all(_digest_of(record, self.records) == seen for record, seen in about["records"].items())
         )
-        finished = make_page(
-            executed,
-            about={
-                "notebook": source.name,
-                "page": target,
-                "inputs": inputs,
-                "files": sorted(path.name for path in part.iterdir()),
-            },
-            given=given,
-            values={key: parameter.default for key, parameter in inspect(notebook).items()} | given,
-            variant=variant,
-            files=Path(os.path.relpath(made.resolve(), page.parent.resolve())).as_posix(),
-            records=records,
-        )
-        shutil.rmtree(made, ignore_errors=True)
-    with whole(page) as part:
-        nbformat.write(finished, part)
-    return page
+
+    def make(self, *, progress: bool = True) -> Path:
+        """Run the notebook, with a progress bar or without, and write page and figures."""
+        given, inputs = self.given, self.inputs
+        variant = self.target.removeprefix(self.name).lstrip("-") if self.target != self.name else ""
+        with whole(self.made) as part:
+            part.mkdir()
+            variables = {"MOEITS_FIGURES": str(part), "MOEITS_VARIANT": variant}
+            executed = _execute(self.source, self.target, given, self.kernel, variables, progress=progress)
+            known = {key: parameter.default for key, parameter in inspect(self.notebook).items()}
+            finished = make_page(
+                executed,
+                about={
+                    "notebook": self.source.name,
+                    "page": self.target,
+                    "inputs": inputs,
+                    "files": sorted(path.name for path in part.iterdir()),
+                },
+                given=given,
+                values=known | given,
+                variant=variant,
+                files=Path(os.path.relpath(self.made.resolve(), self.path.parent.resolve())).as_posix(),
+                records=self.records,
+            )
+            shutil.rmtree(self.made, ignore_errors=True)
+        with whole(self.path) as part:
+            nbformat.write(finished, part)
+        return self.path
 
 
 def _contents(places: Iterable[Path]) -> list[list[str]]:
@@ -237,25 +306,6 @@ def _contents(places: Iterable[Path]) -> list[list[str]]:
             if file.is_file() and not {"__pycache__", "_build"} & set(file.relative_to(place.parent).parts)
         ]
     return found
-
-
-def _notebook_inputs(
-    source: Path, target: str, given: Mapping[str, Any], kernel: str, depends: Iterable[Path]
-) -> str:
-    """Hash of everything that a page depends on."""
-    places = [source, ROOT / "moeits", DATA / "paper", DATA / "profiles", *depends]
-    return digest([target, given, kernel, lock_digest(), _contents(places)])
-
-
-def _is_current(page: Path, made: Path, records: Path, inputs: str) -> bool:
-    if not page.exists():
-        return False
-    about = nbformat.read(page, as_version=4).metadata.get("moeits", {})
-    return (
-        about.get("inputs") == inputs
-        and all((made / file).exists() for file in about["files"])
-        and all(_digest_of(record, records) == seen for record, seen in about["records"].items())
-    )
 
 
 def _digest_of(record: str, records: Path) -> str | None:
@@ -278,7 +328,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _execute(
-    source: Path, target: str, given: dict[str, Any], kernel: str, variables: Mapping[str, str]
+    source: Path,
+    target: str,
+    given: dict[str, Any],
+    kernel: str,
+    variables: Mapping[str, str],
+    *,
+    progress: bool,
 ) -> NotebookNode:
     """Run a notebook in an empty folder, so that no relative path works by chance."""
     import papermill
@@ -301,7 +357,7 @@ def _execute(
                 parameters=given,
                 kernel_name=kernel,
                 cwd=empty,
-                progress_bar={"desc": target, "leave": False},
+                progress_bar={"desc": target, "leave": False} if progress else False,
                 config=Config({"KernelManager": sockets}),
             )
         except (PapermillExecutionError, DeadKernelError) as error:
@@ -453,20 +509,34 @@ def run_profile(
     NotebookError, BookError
         As :func:`run_notebook` and :func:`build_book`.
     """
-    steps = [
-        *pipeline.steps(profile),
-        *comparison.steps(profile),
-        *_page_steps(profile, book, figures, student),
-    ]
-    steps.append(pipeline.Step("book", "rendering the book", partial(build_book, book, student=student)))
+    steps = [*pipeline.steps(profile), *comparison.steps(profile)]
     spent: dict[str, float] = {}
-    for number, step in enumerate(steps, start=1):
-        say(f"[{number:2}/{len(steps)}] {step.label}")
+    numbers = count(1)
+    total = len(steps) + len(_pages(profile, book, figures, student)) + 1
+
+    def announce(label: str) -> None:
+        say(f"[{next(numbers):2}/{total}] {label}")
+
+    @contextmanager
+    def timed(stage: str, *, aloud: bool = True) -> Iterator[None]:
         start = time.perf_counter()
-        index = step.do()
+        yield
         seconds = time.perf_counter() - start
-        spent[step.stage] = spent.get(step.stage, 0) + seconds
-        say(f"        {seconds:6.1f} s")
+        spent[stage] = spent.get(stage, 0) + seconds
+        if aloud:
+            say(f"        {seconds:6.1f} s")
+
+    for step in steps:
+        announce(step.label)
+        with timed(step.stage):
+            step.do()
+    with timed("notebooks", aloud=False):
+        for label, seconds in _make_pages(_pages(profile, book, figures, student)):
+            announce(label)
+            say(f"        {seconds:6.1f} s")
+    announce("rendering the book")
+    with timed("book"):
+        index = build_book(book, student=student)
     say("where the time went:")
     for stage, seconds in spent.items():
         say(f"  {stage:<10}{seconds:7.1f} s")
@@ -474,9 +544,10 @@ def run_profile(
     return index
 
 
-def _page_steps(profile: Profile, book: Path, figures: Path, student: bool) -> Iterator[pipeline.Step]:
-    """One step for each page of the table of contents that a notebook makes."""
+def _pages(profile: Profile, book: Path, figures: Path, student: bool) -> list[Page]:
+    """List the pages of the table of contents that notebooks make."""
     models = {model.page: (name, model) for name, model in profile.models.items()}
+    found = []
     for page in toc_pages(book, student=student):
         folder, _, target = page.rpartition("/")
         if folder != "notebooks":
@@ -485,20 +556,38 @@ def _page_steps(profile: Profile, book: Path, figures: Path, student: bool) -> I
         if target in models:
             name, model = models[target]
             notebook, parameters = "prune", parameters | {"model": name, "tau": model.tau}
-        yield pipeline.Step(
-            "notebooks",
-            f"notebook {notebook} for page {target}",
-            partial(_run_page, notebook, target, parameters, book / folder, figures),
+        shown = DATA / "results" / profile.name
+        depends = sorted(shown.glob(f"{_SHOWS_ALL[notebook]}-*.json")) if notebook in _SHOWS_ALL else []
+        found.append(
+            Page(notebook, target, parameters, pages=book / folder, figures=figures, depends=tuple(depends))
         )
+    return found
 
 
 # Pages that show whatever records of these steps there are, also what another command measured.
 _SHOWS_ALL = {"tau-ablation": "healing", "rivals": "rival", "performance": "bench-*"}
 
 
-def _run_page(notebook: str, target: str, parameters: dict[str, Any], pages: Path, figures: Path) -> Path:
-    found = DATA / "results" / parameters["profile"]
-    depends = sorted(found.glob(f"{_SHOWS_ALL[notebook]}-*.json")) if notebook in _SHOWS_ALL else []
-    return run_notebook(
-        notebook, target=target, parameters=parameters, pages=pages, figures=figures, depends=depends
-    )
+def _make_pages(pages: Iterable[Page]) -> Iterator[tuple[str, float]]:
+    """Run the notebooks of outdated pages, several at once; yield a label and seconds for every page."""
+    outdated = []
+    for page in pages:
+        if page.is_current():
+            yield _label(page), 0.0
+        else:
+            outdated.append(page)
+    # Each process computes on one core: two that share all cores are slower than one after the other.
+    at_once = min(len(outdated), joblib.cpu_count(), _NOTEBOOKS_AT_ONCE)
+    if at_once:
+        parallel = joblib.Parallel(n_jobs=at_once, return_as="generator_unordered")
+        yield from parallel(joblib.delayed(_make_page)(page, progress=at_once == 1) for page in outdated)
+
+
+def _make_page(page: Page, *, progress: bool) -> tuple[str, float]:
+    start = time.perf_counter()
+    page.make(progress=progress)
+    return _label(page), time.perf_counter() - start
+
+
+def _label(page: Page) -> str:
+    return f"notebook {page.name} for page {page.target}"

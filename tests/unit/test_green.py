@@ -3,7 +3,6 @@
 import pytest
 from tiny import EXPERTS, HIDDEN, NEURONS, TOP_K, VOCABULARY, tiny_model
 
-from moeits import green
 from moeits.green import VARIANTS, compare_costs, multiply_adds
 
 
@@ -22,6 +21,11 @@ def test_every_variant_is_measured(costs):
         assert entry["prefill"] > 0
         assert entry["decode"] > 0
         assert entry["memory_bytes"] >= 0  # of a few hundred kilobytes, which may be there already
+
+
+def test_the_cut_is_timed_once(costs):
+    assert costs["pruned"]["surgery"] > 0
+    assert all(entry["surgery"] is None for name, entry in costs.items() if name != "pruned")
 
 
 def test_only_what_is_stored_less_is_smaller(costs):
@@ -50,13 +54,3 @@ def test_a_failed_measurement_says_why(tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "model")
     with pytest.raises(RuntimeError, match=r"'whole' failed(.|\n)*float17"):
         compare_costs(tmp_path / "model", {}, variants=["whole"], dtype="float17")
-
-
-def test_energy_is_the_sum_of_the_packages_counters(tmp_path, monkeypatch):
-    for name, microjoules in [("intel-rapl:0", 2_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 9)]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
-    monkeypatch.setattr(green, "_RAPL", tmp_path)
-    assert green.energy_joules() == 2.5
-    monkeypatch.setattr(green, "_RAPL", tmp_path / "nowhere")
-    assert green.energy_joules() is None
