@@ -1,11 +1,13 @@
 """Time the scoring of benchmark questions against lm-eval's plain HFLM: same model, dtype and questions.
 
-``python benchmarks/evaluation.py`` takes about a quarter of an hour on two cores, after the model is made.
+HFLM loads the model as lm-eval does. ``python benchmarks/evaluation.py`` takes half an hour on two cores.
 """
 
 import io
 import time
 from contextlib import redirect_stderr
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import click
@@ -13,7 +15,6 @@ import pandas as pd
 import torch
 from lm_eval.evaluator import evaluate as run
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from moeits import evaluation, profiles, records
@@ -25,58 +26,81 @@ MODEL = "smol-qwen"
 BATCH_SIZE = 8
 
 
-def plain(model: torch.nn.Module, tokenizer: object, name: str, shots: int, limit: int) -> pd.DataFrame:
-    """Likeliest choice of every question of one task as HFLM finds it."""
-    task = evaluation.load_task(name, shots=shots)
-    samples = {name: evaluation.sample_questions(name, len(task.eval_docs), limit, 0)}
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
-    results = run(lm=lm, task_dict={name: task}, samples=samples, bootstrap_iters=0)
+def plain(folder: Path, dtype: str, shots: int, limit: int) -> pd.DataFrame:
+    """Likeliest choice of every question as HFLM finds it, which loads the model itself."""
+    tasks = {name: evaluation.load_task(name, shots=shots) for name in evaluation.TASKS}
+    samples = {
+        name: evaluation.sample_questions(name, len(task.eval_docs), limit, 0) for name, task in tasks.items()
+    }
+    lm = HFLM(pretrained=str(folder), dtype=dtype, device="cpu", batch_size=BATCH_SIZE)
+    results = run(lm=lm, task_dict=tasks, samples=samples, bootstrap_iters=0)
     return pd.DataFrame(
-        {"question": sample["doc_id"], "choice": max(range(len(values)), key=values.__getitem__)}
-        for sample in results["samples"][name]
+        {
+            "task": name,
+            "question": sample["doc_id"],
+            "choice": max(range(len(values)), key=values.__getitem__),
+        }
+        for name, answered in results["samples"].items()
+        for sample in answered
         for values in [[value for value, _ in sample["filtered_resps"]]]
     )
 
 
-def measure(folder: Path, settings: list[tuple[str, int]], limit: int) -> list[dict]:
-    """Score the same questions both ways, task by task in turn.
+def ours(folder: Path, dtype: str, shots: int, limit: int) -> pd.DataFrame:
+    """Score the same questions as the package does, loading included."""
+    model = load_model(folder, dtype=getattr(torch, dtype), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return evaluation.evaluate(
+        model, tokenizer, list(evaluation.TASKS), shots=shots, limit=limit, batch_size=BATCH_SIZE
+    )
+
+
+def measure(folder: Path, dtype: str, shots: int, limit: int, repeats: int) -> list[dict]:
+    """Score the same questions both ways in turn.
 
     Parameters
     ----------
     folder : Path
         Folder of the model.
-    settings : list of (str, int)
-        Dtypes and shots.
+    dtype, shots : str, int
+        Setting.
     limit : int
         Questions of each task.
+    repeats : int
+        Repetitions; the rows have one line for each.
 
     Returns
     -------
     list of dict
         Tidy rows (see :func:`moeits.records.row`): seconds of both ways, and answers that differ.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = []
-    bar = tqdm([(*setting, task) for setting in settings for task in evaluation.TASKS], "scoring")
-    for dtype, shots, task in bar:
-        bar.set_postfix_str(f"{dtype}, {shots} shots, {task}")
-        model = load_model(folder, dtype=getattr(torch, dtype))
-        start = time.perf_counter()
-        ours = evaluation.evaluate(model, tokenizer, [task], shots=shots, limit=limit, batch_size=BATCH_SIZE)
-        middle = time.perf_counter()
-        with redirect_stderr(io.StringIO()):
-            theirs = plain(model, tokenizer, task, shots, limit)
-        end = time.perf_counter()
-        both = ours.merge(theirs, on="question", suffixes=("", "_plain"))
-        if not len(both) == len(ours) == len(theirs):
-            raise AssertionError(f"{task}: {len(ours)} questions here, {len(theirs)} by HFLM")
-        common = {"model": MODEL, "task": task, "variant": f"{dtype}, {shots} shots", "n": len(both)}
+    for repeat in range(repeats):
+        seconds, answers = {}, {}
+        for way in (ours, plain):
+            start = time.perf_counter()
+            with redirect_stderr(io.StringIO()):
+                answers[way] = way(folder, dtype, shots, limit)
+            seconds[way] = time.perf_counter() - start
+        both = answers[ours].merge(answers[plain], on=["task", "question"], suffixes=("", "_plain"))
+        if not len(both) == len(answers[ours]) == len(answers[plain]):
+            raise AssertionError(f"{len(answers[ours])} questions here, {len(answers[plain])} by HFLM")
+        common = {
+            "model": MODEL,
+            "task": f"repetition {repeat}",
+            "variant": f"{dtype}, {shots} shots",
+            "n": len(both),
+        }
         flips = int((both.choice != both.choice_plain).sum())
         rows += [
-            records.row(**common, method="ours", metric="seconds", value=middle - start, unit="s"),
-            records.row(**common, method="HFLM", metric="seconds", value=end - middle, unit="s"),
+            records.row(**common, method="ours", metric="seconds", value=seconds[ours], unit="s"),
+            records.row(**common, method="HFLM", metric="seconds", value=seconds[plain], unit="s"),
             records.row(**common, method="ours", metric="answers that differ", value=flips, unit="1"),
         ]
+        click.echo(
+            f"{dtype}, {shots} shots: {len(both)} questions, {seconds[ours]:.1f} s here, "
+            f"{seconds[plain]:.1f} s by HFLM, {seconds[plain] / seconds[ours]:.2f} x, {flips} answers differ"
+        )
     return rows
 
 
@@ -84,34 +108,29 @@ def measure(folder: Path, settings: list[tuple[str, int]], limit: int) -> list[d
 @click.option("--shots", multiple=True, type=int, default=(5, 15), show_default=True)
 @click.option("--dtype", multiple=True, default=("float32", "bfloat16"), show_default=True)
 @click.option("--limit", default=4, show_default=True, help="Questions per task.")
+@click.option("--repeats", default=3, show_default=True)
 @click.option("--profile", default="laptop", show_default=True, help="Whose records the rows belong to.")
-def main(shots: tuple[int, ...], dtype: tuple[str, ...], limit: int, profile: str) -> None:
+def main(shots: tuple[int, ...], dtype: tuple[str, ...], limit: int, repeats: int, profile: str) -> None:
     """Compare seconds and answers on a laptop model."""
     study = Study(profiles.load(profile), MODEL)
-    settings = [(name, count) for name in dtype for count in shots]
-    inputs = {
-        "fingerprint": study.fingerprint,
-        "settings": settings,
-        "limit": limit,
-        "source": records.source_digest(("evaluation", "shared_prefix")),
-        "benchmark": records.file_digest(ROOT / "benchmarks" / "evaluation.py"),
-        "lock": records.lock_digest(),
-    }
-    record = records.remember(
-        DATA / "results" / profile,
-        "bench-evaluation",
-        inputs,
-        lambda: (measure(study.folder, settings, limit), {}),
-    )
-    found = records.frame([record])
-    for variant, part in found.groupby("variant", sort=False):
-        seconds = part[part.metric == "seconds"].groupby("method").value.sum()
-        asked = int(part[part.metric == "answers that differ"].n.sum())
-        flips = int(part[part.metric == "answers that differ"].value.sum())
-        click.echo(
-            f"{variant}: {asked} questions, {seconds['ours']:.1f} s here, {seconds['HFLM']:.1f} s by HFLM, "
-            f"{seconds['HFLM'] / seconds['ours']:.2f} x, {flips} answers differ"
+    for name, count in product(dtype, shots):
+        inputs = {
+            "fingerprint": study.fingerprint,
+            "dtype": name,
+            "shots": count,
+            "limit": limit,
+            "repeats": repeats,
+            "source": records.source_digest(("evaluation", "shared_prefix", "unstack")),
+            "benchmark": records.file_digest(ROOT / "benchmarks" / "evaluation.py"),
+            "lock": records.lock_digest(),
+        }
+        score = partial(measure, study.folder, name, count, limit, repeats)
+        found = records.remember(
+            DATA / "results" / profile, "bench-evaluation", inputs, lambda score=score: (score(), {})
         )
+        table = records.frame([found]).query("metric == 'seconds'")
+        table = table.pivot_table(index="task", columns="method", values="value")
+        click.echo(f"{name}, {count} shots: {(table.HFLM / table.ours).median():.2f} x as fast, median")
 
 
 if __name__ == "__main__":

@@ -200,15 +200,10 @@ def ablate(model: str | None, profile: str, backend: str | None, scheduler: str 
     if model:
         settings.model(model)
     for name in [model] if model else settings.models:
-        if settings.healing:
-            every = {tau: ["lora"] for tau in pipeline.Study(settings, name).taus}
-            settings = settings.model_copy(update={"healed": settings.healed | {name: every}})
-        wanted = ("models", "NMI", "scores", "healing")
-        steps = [step for step in pipeline.steps(settings, name) if step.stage in wanted]
-        done = pipeline.do(steps, say=click.echo, **_backend_options(backend, scheduler))
-        rows = records.frame(
-            record for step, record in zip(steps, done, strict=True) if step.stage == "scores"
+        done = pipeline.do(
+            list(pipeline.ablation(settings, name)), say=click.echo, **_backend_options(backend, scheduler)
         )
+        rows = records.frame(record for record in done if getattr(record, "step", "") == "scores")
         rows = rows[(rows.metric == "perplexity") | (rows.task == "mean")]
         table = rows.assign(measure=rows.variant.fillna(rows.metric)).pivot_table(
             index=["tau", "kept_share", "method"], columns="measure", values=["value", "stderr"], dropna=False

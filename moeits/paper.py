@@ -52,6 +52,31 @@ def table(number: int) -> pd.DataFrame:
     return printed.assign(average=scores.mean(axis=1), tasks=scores.notna().sum(axis=1), model=model)
 
 
+def protocols() -> pd.DataFrame:
+    """Read what is known of how the rows of the result tables were measured.
+
+    Returns
+    -------
+    DataFrame
+        A line per method: row (its name in the tables), citation, tables, models, asked (shots and the way to
+        ask), after_pruning (what follows the pruning), reading (what that means for the row), mark ("read" in
+        the source, or "second hand"). What was not found is missing.
+    """
+    return pd.read_csv(DATA / "paper" / "protocols.csv", dtype=str)
+
+
+def dense() -> pd.DataFrame:
+    """Read scores of the whole models in percent, which the tables leave out, where a source has them.
+
+    Returns
+    -------
+    DataFrame
+        model, asked, metric, a column for each of :data:`TASKS`, citation, source, mark as in
+        :func:`protocols`.
+    """
+    return pd.read_csv(DATA / "paper" / "dense.csv")
+
+
 def margins(number: int) -> pd.DataFrame:
     """Lead of MoEITS over every other row, on the tasks that both rows have.
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from moeits import devices, records
 from moeits.paths import CACHE, DATA
-from moeits.profiles import HEALINGS, Profile
+from moeits.profiles import HEALINGS, Profile, Protocol, Recipe
 from moeits.records import Record
 from moeits.selection import Selection, select_layers
 
@@ -208,16 +209,18 @@ class Study:
         return [(tau, way) for tau, ways in taus.items() for way in ways]
 
     @property
-    def healings_found(self) -> list[tuple[float, str]]:
-        """The profile's, and what else was healed before, as by ``moeits ablate``."""
+    def healings_found(self) -> list[tuple[float, str, int]]:
+        """Tau, way and seed of the profile's, and of what else was healed before, as by ``moeits ablate``."""
+        wanted = [(tau, way, 0) for tau, way in self.healings]
         lora, refit = self.profile.healing is not None, self.profile.refit_tokens > 0
         ways = [way for way in HEALINGS if (lora or "lora" not in way) and (refit or "refit" not in way)]
-        others = [(tau, way) for way in ways for tau in self.taus if (tau, way) not in self.healings]
-        return self.healings + [
+        seeds = range(max(1, self.profile.ablation_seeds))
+        others = [at for at in product(self.taus, ways, seeds) if at not in wanted]
+        return wanted + [
             at for at in others if records.exists(self.records, "healing", self._healing_inputs(*at))
         ]
 
-    def healing(self, tau: float, way: str) -> Record:
+    def healing(self, tau: float, way: str, seed: int = 0) -> Record:
         """Record of a healing: seconds and, layer by layer or step by step, what it reached.
 
         Parameters
@@ -226,21 +229,52 @@ class Study:
             Intensity of the pruning.
         way : str
             One of :data:`moeits.profiles.HEALINGS`.
+        seed : int
+            Is added to the recipe's seed.
         """
-        return self._remember("healing", self._healing_inputs(tau, way), lambda: self._heal(tau, way))
+        inputs = self._healing_inputs(tau, way, seed)
+        return self._remember("healing", inputs, lambda: self._heal(tau, way, seed))
 
-    def healed_scores(self, tau: float, way: str) -> Record:
+    def healed_scores(self, tau: float, way: str, seed: int = 0) -> Record:
         """Record of the scores of the model pruned at `tau` and healed.
 
         Parameters
         ----------
-        tau, way
+        tau, way, seed
             As in :meth:`healing`.
         """
-        healed = self.healing(tau, way).id
-        return self._scores(way, tau, self._kept(tau), self.profile.tasks, healed=healed)
+        return self._scores(way, tau, self._kept(tau), self.profile.tasks, healed_with=seed)
 
-    def _healing_inputs(self, tau: float, way: str) -> dict[str, Any]:
+    def protocol_scores(self, protocol: Protocol, tau: float | None = None, way: str | None = None) -> Record:
+        """Record of the scores by another protocol, with the questions of the profile.
+
+        Parameters
+        ----------
+        protocol : Protocol
+            Shots and chat template.
+        tau : float, optional
+            Intensity; without it the whole model is measured.
+        way : str, optional
+            How the pruned model is healed, as in :meth:`healing`; not at all by default.
+        """
+        kept = None if tau is None else self._kept(tau)
+        method = way or ("whole" if tau is None else "moeits")
+        healed = None if way is None else 0
+        return self._scores(method, tau, kept, self.profile.tasks, healed_with=healed, protocol=protocol)
+
+    @property
+    def protocol_states(self) -> list[tuple[float | None, str | None]]:
+        """Tau and way to heal of the models that other protocols score: whole, pruned, healed by LoRA."""
+        own = self.profile.model(self.name).tau
+        return [(None, None), (own, None), *([(own, "lora")] if (own, "lora") in self.healings else [])]
+
+    def _recipe(self, way: str, seed: int) -> Recipe | None:
+        recipe = self.profile.healing
+        if "lora" not in way or recipe is None:
+            return None
+        return recipe.model_copy(update={"seed": recipe.seed + seed})
+
+    def _healing_inputs(self, tau: float, way: str, seed: int = 0) -> dict[str, Any]:
         if way not in HEALINGS:
             raise ValueError(f"no way to heal is called {way!r}: there are {', '.join(HEALINGS)}")
         if "lora" in way and self.profile.healing is None:
@@ -248,11 +282,12 @@ class Study:
         if "refit" in way and not self.profile.refit_tokens:
             raise ValueError(f"profile {self.profile.name!r} has no refit_tokens")
         device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        recipe = self._recipe(way, seed)
         return {
             "fingerprint": self.fingerprint,
             "kept": {str(layer): ids for layer, ids in self._kept(tau).items()},
             "way": way,
-            "recipe": self.profile.healing.model_dump() if "lora" in way else None,
+            "recipe": recipe and recipe.model_dump(),
             "refit_tokens": self.profile.refit_tokens if "refit" in way else None,
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
@@ -260,10 +295,10 @@ class Study:
             "lock": records.lock_digest(),
         }
 
-    def _healed_folder(self, tau: float, way: str) -> Path:
-        return CACHE / "healed" / f"{self.name}-{records.digest(self._healing_inputs(tau, way))}"
+    def _healed_folder(self, tau: float, way: str, seed: int) -> Path:
+        return CACHE / "healed" / f"{self.name}-{records.digest(self._healing_inputs(tau, way, seed))}"
 
-    def _heal(self, tau: float, way: str) -> tuple[list[dict], dict]:
+    def _heal(self, tau: float, way: str, seed: int) -> tuple[list[dict], dict]:
         """Prune, heal and save the model in the cache; return rows and details of its record."""
         import torch
         from transformers import AutoTokenizer
@@ -271,7 +306,7 @@ class Study:
         from moeits.healing import restore
         from moeits.surgery import save_model
 
-        folder = self._healed_folder(tau, way)
+        folder = self._healed_folder(tau, way, seed)
         # With another number of threads a refit ends in other last digits, and the training goes another way.
         work = folder.with_name(f"{folder.name}-{torch.get_num_threads()}.work")
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -282,7 +317,7 @@ class Study:
             work,
             original=self.load if "refit" in way else None,
             refit_tokens=self.profile.refit_tokens,
-            recipe=self.profile.healing if "lora" in way else None,
+            recipe=self._recipe(way, seed),
             progress=True,
         )
         if not folder.exists():
@@ -461,8 +496,10 @@ class Study:
         kept: dict[int, list[int]] | None,
         tasks: list[str],
         *,
-        healed: str | None = None,
+        healed_with: int | None = None,
+        protocol: Protocol | None = None,
     ) -> Record:
+        """Score a model: whole, pruned, or healed with a seed; by another protocol only on the benchmarks."""
         profile = self.profile
         device, dtype, _ = devices.choose(profile.device, profile.dtype)
         settings = {
@@ -478,11 +515,12 @@ class Study:
             "tau": tau,
             "kept": None if kept is None else {str(layer): ids for layer, ids in kept.items()},
             "tasks": tasks,
-            "questions": self._questions(tau),
-            "shots": profile.shots,
+            "questions": profile.questions if protocol else self._questions(tau),
+            "shots": protocol.shots if protocol else profile.shots,
             "documents": profile.documents,
-            "heldout_tokens": profile.heldout_tokens,
-            **({"healed": healed} if healed else {}),
+            "heldout_tokens": None if protocol else profile.heldout_tokens,
+            **({"chat_template": protocol.chat_template} if protocol else {}),
+            **({} if healed_with is None else {"healed": self.healing(tau, method, healed_with).id}),
             "source": _source("scores"),
             "lock": records.lock_digest(),
         }
@@ -495,30 +533,38 @@ class Study:
             kept_share = 1.0
             if kept is not None:
                 kept_share = sum(map(len, kept.values())) / sum(map(len, self.matrices.values()))
-            if healed:
-                folder = self._healed_folder(tau, method)
+            if healed_with is not None:
+                folder = self._healed_folder(tau, method, healed_with)
                 if not folder.exists():
-                    self._heal(tau, method)
+                    self._heal(tau, method, healed_with)
                 model = self.load(folder)
             else:
                 model = self.load() if kept is None else self._pruned(kept)
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
-            text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
-            rows = _size_rows(model, dense=self.name == DENSE)
-            rows.append(
-                {"task": "heldout", "metric": "perplexity", "unit": "1", "higher_is_better": False, **text}
-            )
-            details = {}
+            rows, details = [], {}
+            if not protocol:
+                blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
+                text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
+                rows = _size_rows(model, dense=self.name == DENSE)
+                rows.append(
+                    {
+                        "task": "heldout",
+                        "metric": "perplexity",
+                        "unit": "1",
+                        "higher_is_better": False,
+                        **text,
+                    }
+                )
             if tasks:
                 items = evaluation.evaluate(
                     model,
                     tokenizer,
                     tasks,
-                    shots=profile.shots,
+                    shots=inputs["shots"],
                     limit=inputs["questions"],
                     batch_size=profile.batch_size,
                     documents=profile.documents,
+                    chat_template=bool(protocol and protocol.chat_template),
                     seed=profile.seed,
                 )
                 rows += evaluation.plain(evaluation.summarise(items)).to_dict("records")
@@ -528,7 +574,7 @@ class Study:
             common = {"model": self.name, "method": method, "tau": tau, "kept_share": kept_share}
             return [records.row(**common | row) for row in rows], details
 
-        return self._remember("scores", inputs, measure, **settings)
+        return self._remember("protocol" if protocol else "scores", inputs, measure, **settings)
 
 
 def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
@@ -606,6 +652,40 @@ def _study_steps(study: Study) -> Iterator[Step]:
         label = f"{name}: tau = {tau:g}, {way}"
         yield Step("healing", label, partial(study.healing, tau, way), name, way)
         yield Step("scores", f"{label}: scores", partial(study.healed_scores, tau, way), name, way, phase=3)
+    if name in study.profile.protocol_models:
+        for protocol, (tau, way) in product(study.profile.protocols, study.protocol_states):
+            state = "whole model" if tau is None else f"tau = {tau:g}" + (f", {way}" if way else "")
+            yield Step(
+                "protocols",
+                f"{name}: {state}, {protocol}",
+                partial(study.protocol_scores, protocol, tau, way),
+                name,
+                way or "",
+                phase=3,
+            )
+
+
+def ablation(profile: Profile, name: str) -> Iterator[Step]:
+    """Every tau of a profile for one model, pruned and, where the profile heals, healed by LoRA.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    name : str
+        One of its models.
+    """
+    study = Study(profile, name)
+    for step in steps(profile, name):
+        if step.stage in ("models", "NMI") or (step.stage == "scores" and not step.way):
+            yield step
+    if profile.healing is None:
+        return
+    for tau, seed in product(study.taus, range(profile.ablation_seeds)):
+        label = f"{name}: tau = {tau:g}, lora, seed {seed}"
+        yield Step("healing", label, partial(study.healing, tau, "lora", seed), name, "lora")
+        scores = partial(study.healed_scores, tau, "lora", seed)
+        yield Step("scores", f"{label}: scores", scores, name, "lora", phase=3)
 
 
 def do(

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from moeits import comparison, paper, pipeline, records
+from moeits import comparison, paper, profiles, records, run
 from moeits.paths import CACHE, DATA
-from moeits.profiles import ModelSettings, Profile
+from moeits.profiles import ModelSettings, Profile, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -130,12 +130,43 @@ def demands(profile: Profile, machine: Machine) -> list[Demand]:
         If a model has yet to be made, so that there is no configuration to count on.
     """
     questions = sum(_tokens(task, profile) for task in profile.tasks)
-    costs = {name: _Costs(profile, name, machine, questions) for name in profile.models}
+    costs = {
+        name: _Costs(profile, _config(settings), machine, questions)
+        for name, settings in profile.models.items()
+    }
     found = []
-    for step in [*pipeline.steps(profile), *comparison.steps(profile)]:
+    for step in run.measurements(profile):
         cost = costs[step.model]
         found.append(Demand(step.label, *getattr(cost, step.stage.lower())(step.way)))
     return found
+
+
+def standin_memory(name: str, layers: int, recipe: Recipe) -> dict[str, float]:
+    """Estimate the memory of steps on a stand-in for one of the paper's models.
+
+    Parameters
+    ----------
+    name : str
+        A key of :func:`moeits.standin.names`.
+    layers : int
+        Its decoder layers.
+    recipe : Recipe
+        How it is healed.
+
+    Returns
+    -------
+    dict of str to float
+        Bytes for ``nmi``, ``heal`` and ``evaluate``, the commands of the package.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from moeits.standin import names
+
+    shape = paper.models()[names()[name]]["config"] | {"num_hidden_layers": layers}
+    config = CONFIG_MAPPING[shape.pop("model_type")](**shape, dtype="bfloat16")
+    profile = profiles.load("paper").model_copy(update={"healing": recipe})
+    costs = _Costs(profile, config, find_machine("h100"), 0)
+    return {"nmi": costs.nmi("")[1], "heal": costs.healing("lora")[1], "evaluate": costs.scores("")[1]}
 
 
 def shortages(found: Iterable[Demand], machine: Machine, *, offload: bool = False) -> list[str]:
@@ -192,12 +223,14 @@ def table(found: Sequence[Demand], machine: Machine) -> pd.DataFrame:
 class _Costs:
     """Demands of one model, a method for each stage: (seconds, memory, disk, whether on the GPU)."""
 
-    def __init__(self, profile: Profile, name: str, machine: Machine, questions: float) -> None:
+    def __init__(
+        self, profile: Profile, config: "PreTrainedConfig", machine: Machine, questions: float
+    ) -> None:
         from moeits.families import expert_block, moe_layers, sizes
         from moeits.surgery import hollow_model
 
         self.profile, self.machine, self.questions = profile, machine, questions
-        model = hollow_model(_config(profile.model(name)))
+        model = hollow_model(config)
         self.size = sizes(model)
         layers = moe_layers(model)
         self.matrices = [
@@ -226,6 +259,8 @@ class _Costs:
         tokens = self.questions + (self.profile.heldout_tokens or 2**14)
         return self._loading + self._computing(tokens), self.size.bytes + _WORKING, 0, True
 
+    protocols = scores  # at most: most have fewer shots
+
     def controls(self, _: str | None) -> tuple[float, float, float, bool]:
         tokens = self.profile.heldout_tokens or 2**14
         once = self._loading + self._computing(tokens)
@@ -239,6 +274,13 @@ class _Costs:
     def rivals(self, _: str | None) -> tuple[float, float, float, bool]:
         tokens = self.profile.calibration_tokens + (self.profile.heldout_tokens or 2**14)
         return self._loading + self._computing(tokens), self.size.bytes + _WORKING, 0, True
+
+    def finals(self, _: str | None) -> tuple[float, float, float, bool]:
+        methods, ways = len(comparison.FINALISTS) + 1, self.profile.rival_healings
+        scored, memory, *_ = self.scores(None)
+        healed = [self.healing(way) for way in ways]
+        seconds = (1 + methods * (1 + len(ways))) * scored + methods * sum(cost[0] for cost in healed)
+        return seconds, max([memory, *(cost[1] for cost in healed)]), 0, True
 
     def healing(self, way: str | None) -> tuple[float, float, float, bool]:
         way = way or ""

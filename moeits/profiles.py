@@ -100,6 +100,25 @@ class Recipe(_Strict):
     seed: int = 0
 
 
+class Protocol(_Strict):
+    """A way to ask the benchmarks' questions.
+
+    Attributes
+    ----------
+    shots : int
+        Examples in the prompt.
+    chat_template : bool
+        Whether the prompt is put in the tokenizer's chat template, the examples as turns of the conversation.
+    """
+
+    shots: int = Field(default=0, ge=0)
+    chat_template: bool = False
+
+    def __str__(self) -> str:
+        template = "with" if self.chat_template else "without"
+        return f"{self.shots} shots, {template} chat template"
+
+
 class Profile(_Strict):
     """Settings of a run.
 
@@ -128,6 +147,11 @@ class Profile(_Strict):
         `questions`, whose sample they contain.
     shots : int
         Examples in the prompt.
+    protocols : list of Protocol
+        Other ways to ask the questions, beside `shots` without chat template.
+    protocol_models : list of str
+        Models that are scored in these ways too: whole, pruned at their own tau and, where that is healed by
+        LoRA, healed.
     random_draws : int
         Random choices of as many experts as stay at a model's own tau, whose perplexity is the control.
     rivals : list of str
@@ -136,6 +160,9 @@ class Profile(_Strict):
         Models that they are compared on; all by default.
     rival_budgets : list of float or "own"
         Shares of the routed experts to keep; "own" is as many per layer as MoEITS keeps at the model's tau.
+    rival_healings : list of str
+        Ways in which the best methods are healed before the benchmarks score them, as pruned and healed; none
+        leaves that to ``moeits rivals``.
     calibration_tokens : int
         Tokens of calibration text for the methods that need some.
     heldout_tokens : int, optional
@@ -145,6 +172,8 @@ class Profile(_Strict):
     healed : dict of str to dict of float to list of str
         Model -> tau -> the ways in which the model that is pruned with it is healed: ``refit``, ``lora``,
         ``refit + lora``.
+    ablation_seeds : int
+        Seeds with which ``moeits ablate`` heals at every tau.
     refit_tokens : int
         Tokens of calibration text to which down projections are refitted; 0 for no refit.
     green : list of str
@@ -176,14 +205,18 @@ class Profile(_Strict):
     questions: int | None = Field(default=None, ge=1)
     questions_at_page_tau: int | None = Field(default=None, ge=1)
     shots: int = Field(default=0, ge=0)
+    protocols: list[Protocol] = Field(default_factory=list)
+    protocol_models: list[str] = Field(default_factory=list)
     random_draws: int = Field(default=0, ge=0)
     rivals: list[str] = Field(default_factory=list)
     rival_models: list[str] | None = None
     rival_budgets: list[Share | Literal["own"]] = Field(default_factory=lambda: [0.5])
+    rival_healings: list[Healing] = Field(default_factory=list)
     calibration_tokens: int = Field(default=8192, ge=512)
     heldout_tokens: int | None = Field(default=None, ge=512)
     healing: Recipe | None = None
     healed: dict[str, dict[Tau, list[Healing]]] = Field(default_factory=dict)
+    ablation_seeds: int = Field(default=1, ge=1)
     refit_tokens: int = Field(default=0, ge=0)
     green: list[str] = Field(default_factory=list)
     documents: Literal["packaged", "hub"] = "packaged"

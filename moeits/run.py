@@ -14,7 +14,7 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -509,7 +509,7 @@ def run_profile(
     NotebookError, BookError
         As :func:`run_notebook` and :func:`build_book`.
     """
-    steps = [*pipeline.steps(profile), *comparison.steps(profile)]
+    steps = measurements(profile)
     spent: dict[str, float] = {}
     numbers = count(1)
     total = len(steps) + len(_pages(profile, book, figures, student)) + 1
@@ -542,6 +542,24 @@ def run_profile(
         say(f"  {stage:<10}{seconds:7.1f} s")
     say(f"  {'in all':<10}{sum(spent.values()):7.1f} s")
     return index
+
+
+def measurements(profile: Profile) -> list[pipeline.Step]:
+    """List everything that a profile measures, in order."""
+    finals = [
+        pipeline.Step(
+            "finals", f"{name}: the best methods on the benchmarks", partial(_finals, profile, name), name
+        )
+        for name in profile.rival_models or profile.models
+        if profile.rivals and profile.rival_healings
+    ]
+    return [*pipeline.steps(profile), *comparison.steps(profile), *finals]
+
+
+def _finals(profile: Profile, name: str) -> None:
+    cells = comparison.Comparison(profile, name).found()
+    for step in comparison.final_steps(profile, cells, [None, *profile.rival_healings]):
+        step.do()
 
 
 def _pages(profile: Profile, book: Path, figures: Path, student: bool) -> list[Page]:

@@ -2,6 +2,7 @@ import math
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from moeits.cli import main
 from moeits.comparison import Comparison, chance_jaccard, jaccard, overlaps, paired, table
 from moeits.criteria.statistics import gather, layers_of
 from moeits.families import moe_layers
+from moeits.refit import refit_model
 from moeits.selection import Kept
 from moeits.surgery import load_model, prune_model
 
@@ -142,6 +144,75 @@ def test_cells_of_different_text_are_not_paired():
     cells = [records.Record("rival", {}, [], {"nats": [1.0], "bytes": [size]}) for size in (3, 4)]
     with pytest.raises(ValueError, match="not measured on the same text"):
         paired(*cells)
+
+
+def answers(right):
+    """Items of one benchmark of four questions with two choices; `right` says which are answered rightly."""
+    rows = [
+        {"task": "arc_easy", "question": i, "n_choices": 2, "gold": 0, "choice": int(not good)}
+        | {"choice_norm": int(not good), "acc": int(good), "acc_norm": int(good)}
+        | {"bits": 3.0 + i, "bytes": 4, "shots": 0}
+        for i, good in enumerate(right)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def scored(compared, monkeypatch):
+    """The comparison, with answers of our own."""
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: answers([True, True, False, True]))
+    return compared
+
+
+def test_a_final_is_healed_before_it_is_measured(scored, folder):
+    calibration = tokens(seed=1, batch=4, length=20)
+    whole = load_model(folder, dtype=torch.float32)
+    kept = criteria.select("reap", layers_of(whole, gather(whole, calibration.numpy())), share=0.5)
+    pruned = prune_model(load_model(folder, dtype=torch.float32), kept)
+    refit_model(pruned, whole, calibration)
+    final = scored.final("reap", "refit")
+    found = {row["metric"]: row for row in final.rows if row["task"] == "heldout"}
+    expected = evaluation.perplexity(pruned, HELDOUT)["value"]
+    assert found["perplexity"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(values(scored.cell("reap", 0.5))["perplexity"], rel=1e-3)
+    (mean,) = (row for row in final.rows if row["task"] == "mean" and row["variant"] == "acc")
+    assert mean["value"] == 0.75
+    assert [record.id for record in scored.finals_found()] == [final.id]
+
+
+def test_the_whole_model_is_a_final_too(scored):
+    bits = {row["metric"]: row["value"] for row in scored.final("whole").rows if row["task"] == "heldout"}
+    assert bits["bits per byte"] == values(scored.cell("whole", 1.0))["bits per byte"]
+
+
+def test_finals_are_paired_with_moeits_in_the_same_state(scored, monkeypatch):
+    finals = [scored.final("moeits"), scored.final("whole")]
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: answers([False, True, True, True]))
+    finals.append(scored.final("first"))
+    table = comparison.finals_table(finals).set_index("method")
+    assert table.flips["first"] == 2
+    assert table["acc difference"]["first"] == 0
+    assert table.difference["first"] == pytest.approx(
+        table["bits per byte"]["first"] - table["bits per byte"]["moeits"]
+    )
+    assert table.difference.isna()["moeits"]
+
+
+def test_the_finalists_are_the_best_and_the_fixed_ones(compared):
+    methods = ["first", "moeits", "moe-pruner", "random 0", "random 1", "weight-product"]
+    cells = [compared.cell(method, budget) for method in methods for budget in (0.5, 0.75)]
+    removing = {
+        method: values(cell)["bits per byte"]
+        for method, cell in zip(methods, cells[::2], strict=True)
+        if method != "moe-pruner"
+    }
+    best = min(removing, key=removing.get)
+    (found,) = comparison.finalists(cells).values()
+    assert found == list(dict.fromkeys([best, "moeits", "random 0"]))
+    labels = [step.label for step in comparison.final_steps(compared.profile, cells, [None, "refit"])]
+    assert labels[0] == "tiny: whole, as it is, benchmarks"
+    assert "tiny: random 0, refit, benchmarks" in labels
+    assert len(labels) == 1 + 2 * len(found)
 
 
 def test_steps_are_the_profiles_or_those_asked_for(compared):

@@ -47,3 +47,26 @@ def test_every_citation_key_is_in_the_bibliography():
     keys = set(re.findall(r"@\w+\{([^,]+),", (BOOK / "references.bib").read_text()))
     quoted = pd.concat([paper.table(number) for number in paper.TABLES]).citation
     assert set(quoted) | {paper.CITATION} <= keys
+
+
+def test_every_quoted_row_has_a_protocol():
+    quoted = {method for number in paper.TABLES for method in paper.table(number).method}
+    known = paper.protocols().set_index("row")
+    assert set(known.index) == quoted
+    for number in paper.TABLES:
+        for _, line in paper.table(number).iterrows():
+            assert str(number) in known.tables[line.method].split()
+            assert known.citation[line.method] == line.citation
+
+
+def test_the_whole_models_are_quoted_with_their_source():
+    table = paper.dense()
+    assert table[["model", "asked", "metric", "source", "mark"]].notna().all(axis=None)
+    known = set(re.findall(r"@\w+\{(\w+),", (BOOK / "references.bib").read_text()))
+    assert set(table.citation.dropna()) <= known
+    scores = table[list(paper.TASKS)]
+    assert scores.min().min() > 25
+    assert scores.max().max() < 100
+    # The mean that the first source gives for its five tasks.
+    assert scores.iloc[0].mean() == pytest.approx(73.32, abs=0.005)
+    assert scores.iloc[-1].mean() == pytest.approx(63.18, abs=0.005)

@@ -15,7 +15,7 @@ def profile(tmp_path):
     paper = profiles.load("paper").model_dump()
     paper["models"] = {"tiny": paper["models"]["mixtral-8x7b"] | {"source": str(folder)}}
     paper["healed"] = {"tiny": {0.5: ["refit", "lora"]}}
-    paper["green"] = ["tiny"]
+    paper["green"] = paper["rival_models"] = paper["protocol_models"] = ["tiny"]
     return profiles.Profile(**paper | {"documents": "packaged"})
 
 

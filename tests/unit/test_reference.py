@@ -1,3 +1,6 @@
+import os
+import time
+
 import pytest
 
 from moeits import records, reference
@@ -44,6 +47,20 @@ def test_records_of_steps_that_were_not_measured_again_stay(measured, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no scores"):
         reference.publish(tmp_path / "nothing", kept)
     assert {file.stem for file in kept.iterdir()} == names
+
+
+def test_of_records_that_differ_by_the_code_alone_the_newest_is_taken(measured, tmp_path):
+    for age, source in ((100, "old"), (0, "new")):
+        made = records.remember(measured, "rival", {"method": "reap", "source": source}, lambda: ([], {}))
+        now = time.time() - age
+        os.utime(measured / f"rival-{made.id}.json", (now, now))
+    records.remember(measured, "rival", {"method": "lu", "source": "old"}, lambda: ([], {}))
+    reference.publish(measured, tmp_path / "reference")
+    kept = {
+        (record.inputs["method"], record.inputs["source"])
+        for record in records.load(tmp_path / "reference", "rival")
+    }
+    assert kept == {("reap", "new"), ("lu", "old")}
 
 
 def test_the_readme_shows_the_committed_records():
