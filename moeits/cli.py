@@ -502,7 +502,8 @@ def heal(
 ) -> None:
     """Heal the pruned model in FOLDER: by LoRA, by refitting to the whole model, or both.
 
-    Started again, a killed training goes on from its last checkpoint.
+    Started again, a killed training goes on from its last checkpoint. On several GPUs:
+    accelerate launch -m moeits.cli heal FOLDER -o OUT, which share the accumulation.
     """
     import yaml
 
@@ -602,22 +603,13 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask before anything is sent.")
 def push(folder: Path, repository: str, private: bool, yes: bool) -> None:
     """Send the pruned model in FOLDER, with its card, to REPOSITORY (OWNER/NAME) of the model hub."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from moeits import hub
 
-    if not (folder / "kept.json").is_file():
-        raise ValueError(f"{folder} is no pruned model: it has no kept.json")
-    if not (folder / "README.md").is_file():
-        raise ValueError(f"{folder} has no model card: make the folder anew with `moeits prune`")
+    hub.check_pushable(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if not yes:
         click.confirm(f"send {size / 1e9:.2f} GB to {repository}?", abort=True)
-    hub = HfApi()
-    try:
-        hub.create_repo(repository, private=private, exist_ok=True)
-        click.echo(hub.upload_folder(repo_id=repository, folder_path=folder))
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise ValueError(f"the hub refused: {error}; log in with `hf auth login`, or set HF_TOKEN") from error
+    click.echo(hub.push(folder, repository, private=private))
 
 
 @main.command()

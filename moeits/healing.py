@@ -7,11 +7,12 @@ when the adapters are merged.
 
 import json
 import math
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from moeits.records import digest
 from moeits.unstack import ExpertList, experts_name, replace_experts
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 PARTS = ("experts", "router", "shared", "attention", "dense")
@@ -305,6 +307,9 @@ def heal_model(
 ) -> Healed:
     """Train LoRA adapters on a model, and merge them into its weights.
 
+    Started by ``accelerate launch``, several processes share the sequences of every step: each takes as large
+    batches as one would, and accumulates fewer.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel
@@ -328,7 +333,8 @@ def heal_model(
     Raises
     ------
     ValueError
-        If there is no text, the sequences are longer than the model takes, or `work` belongs to another run.
+        If there is no text, the sequences are longer than the model takes, `work` belongs to another run or
+        number of processes, or the accumulation cannot be shared by the processes.
     HealingError
         If the loss is not finite; the last good checkpoint stays in `work`.
     """
@@ -338,14 +344,23 @@ def heal_model(
     if pad is None and len({len(row) for row in rows}) > 1:
         raise ValueError("the tokenizer has neither a pad nor an eos token: set tokenizer.pad_token")
     made_of = digest({"recipe": recipe.model_dump(), "model": _identity(model), "data": _data_digest(rows)})
-    last = _last_checkpoint(Path(work), made_of)
+    together = _together()
+    processes = together.num_processes if together else 1
+    if recipe.accumulation % processes:
+        raise ValueError(
+            f"accumulation is {recipe.accumulation}, which {processes} processes cannot share: "
+            "choose a multiple of their number"
+        )
+    with together.main_process_first() if together else nullcontext():
+        last = _last_checkpoint(Path(work), made_of, processes)
     training = model.training
     with adapters(model, recipe) as adapted:
-        trainer = _trainer(adapted, rows, 0 if pad is None else pad, recipe, Path(work), progress)
+        shared = recipe.model_copy(update={"accumulation": recipe.accumulation // processes})
+        trainer = _trainer(adapted, rows, 0 if pad is None else pad, shared, Path(work), progress)
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except FloatingPointError as error:
-            good = _last_checkpoint(Path(work), made_of)
+            good = _last_checkpoint(Path(work), made_of, processes)
             raise HealingError(
                 f"{error} in step {trainer.state.global_step + 1}; "
                 + (f"the last good state is {good}" if good else "no checkpoint was written before")
@@ -472,6 +487,11 @@ def heal(
         recipe=recipe,
         progress=progress,
     )
+    together = _together()
+    if together:
+        together.wait_for_everyone()
+        if not together.is_main_process:
+            return report
     with whole(target) as part:
         if getattr(model, "kept", None) is None:
             model.save_pretrained(part)
@@ -481,6 +501,15 @@ def heal(
         (part / "healing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _together() -> "PartialState | None":
+    """Find the processes that ``accelerate launch`` has started; None where this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _put_back(adapted: Adapted, trainer: "Trainer", training: bool) -> None:
@@ -519,17 +548,23 @@ def _data_digest(rows: Iterable[Tensor]) -> str:
     return digest([row.tolist() for row in rows])
 
 
-def _last_checkpoint(work: Path, made_of: str) -> Path | None:
+def _last_checkpoint(work: Path, made_of: str, processes: int) -> Path | None:
     """Last whole checkpoint of this very run; the folder is made if there is none."""
-    stamp = work / "made_of"
+    stamp, number = work / "made_of", work / "processes"
     if not work.exists():
         work.mkdir(parents=True)
+        number.write_text(str(processes))
         stamp.write_text(made_of)
         return None
     if not stamp.exists() or stamp.read_text() != made_of:
         raise ValueError(
             f"{work} holds checkpoints of another healing (other model, text or recipe): remove it, "
             "or choose another output folder"
+        )
+    if int(number.read_text()) != processes:
+        raise ValueError(
+            f"{work} was begun by {number.read_text()} processes and now there are {processes}: go on with "
+            "as many, or remove it to begin anew"
         )
     done = {}
     for folder in work.glob("checkpoint-*"):
@@ -569,6 +604,7 @@ def _trainer(
         disable_tqdm=not progress,
         remove_unused_columns=False,
         dataloader_pin_memory=parameter.device.type == "cuda",
+        ddp_find_unused_parameters=True,  # no token may go to an expert
     )
 
     def collate(batch: Sequence[Tensor]) -> dict[str, Tensor]:

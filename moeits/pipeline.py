@@ -149,11 +149,9 @@ class Study:
                 miniature.build(rest, folder, **asked)
             return folder
         if kind == "hub":
-            from huggingface_hub import snapshot_download
+            from moeits import hub
 
-            revision = self.profile.model(self.name).revision
-            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            return Path(snapshot_download(rest, revision=revision, allow_patterns=patterns))
+            return hub.download(rest, self.profile.model(self.name).revision)
         return Path(self.source).expanduser()
 
     @property
@@ -433,6 +431,8 @@ class Study:
         return found
 
     def _remember(self, step: str, inputs: dict, measure: Callable, **provenance: Any) -> Record:
+        if self.source.startswith("hub:"):
+            provenance["revision"] = self.folder.name
         return records.remember(self.records, step, inputs, measure, provenance=provenance)
 
     @property

@@ -41,7 +41,7 @@ class ModelSettings(_Strict):
     tau : float
         The tau that its page shows.
     revision : str, optional
-        Revision on the hub.
+        Revision on the hub; without it that of the first download (:func:`moeits.hub.download`).
     """
 
     source: str = Field(pattern=r"^(miniature:.+|hub:[^/]+/[^/]+|[./~].*)$")

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,3 +346,56 @@ def test_command(tmp_path):
     assert bad.exit_code != 0
     assert "stepps" in bad.output
     assert "steps" in bad.output
+
+
+def test_two_processes_share_a_step(tmp_path):
+    """They see the same sequences as one process, so that the weights agree up to rounding."""
+    tokenizer = tiny_tokenizer()
+    save_model(pruned(), tmp_path / "pruned", tokenizer=tokenizer)
+    given = {
+        "steps": 2,
+        "batch_size": 1,
+        "accumulation": 2,
+        "max_tokens": 32,
+        "rank": 2,
+        "dropout": 0,
+        "neftune": 0,
+    }
+    given |= {"learning_rate": 0.01}
+    settings = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
+    command = [
+        "-m",
+        "moeits.cli",
+        "heal",
+        str(tmp_path / "pruned"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *settings,
+    ]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    subprocess.run(
+        [sys.executable, *launch, *command, "-o", str(tmp_path / "two")], check=True, capture_output=True
+    )
+    subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, capture_output=True)
+    before, one, two = (
+        load_model(tmp_path / name, dtype=torch.float32).state_dict() for name in ("pruned", "one", "two")
+    )
+    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
+    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert apart < moved / 100
+    assert not (tmp_path / "two.healing").exists()
+
+
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+    (tmp_path / "work" / "processes").write_text("2")
+    with pytest.raises(ValueError, match="begun by 2 processes and now there are 1"):
+        heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+    three = SimpleNamespace(num_processes=3)
+    monkeypatch.setattr(healing, "_together", lambda: three)
+    recipe = RECIPE.model_copy(update={"accumulation": 4})
+    with pytest.raises(ValueError, match="accumulation is 4, which 3 processes cannot share"):
+        heal_model(pruned(), tiny_tokenizer(), recipe, tmp_path / "other", data=DATA)

@@ -2,6 +2,7 @@ import dataclasses
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import tiny_model, tokens
@@ -158,6 +159,54 @@ def test_steps_cover_the_profile_in_order():
         assert taus == {*profile.tau_grid, model.tau}
     only = [step.label for step in pipeline.steps(profile, "smol-qwen")]
     assert only == [label for label in labels if label.startswith("smol-qwen:")]
+
+
+def test_an_ablation_heals_at_every_tau_with_every_seed(study):
+    profile = study.profile.model_copy(update={"ablation_seeds": 2})
+    study = pipeline.Study(profile, study.name)
+    steps = list(pipeline.ablation(profile, study.name))
+    labels = [step.label for step in steps if step.way]
+    for tau in study.taus:
+        for seed in range(2):
+            assert f"tiny: tau = {tau:g}, lora, seed {seed}" in labels
+            assert f"tiny: tau = {tau:g}, lora, seed {seed}: scores" in labels
+    assert len(labels) == 4 * len(study.taus)
+    assert {step.label for step in steps if not step.way} >= {f"tiny: tau = {tau:g}" for tau in study.taus}
+    unhealed = profile.model_copy(update={"healing": None})
+    assert not [step for step in pipeline.ablation(unhealed, study.name) if step.way]
+
+
+def test_seeds_of_a_healing_are_different_records(study):
+    inputs = [study._healing_inputs(1.25, "lora", seed) for seed in (0, 1)]
+    assert [given["recipe"]["seed"] for given in inputs] == [0, 1]
+    assert study._healed_folder(1.25, "lora", 0) != study._healed_folder(1.25, "lora", 1)
+    assert study._healing_inputs(1.25, "refit", 0) == study._healing_inputs(1.25, "refit", 1)
+    records.remember(study.records, "healing", study._healing_inputs(1.25, "lora", 2), lambda: ([], {}))
+    found = study.healings_found
+    assert (1.25, "lora", 2) in found
+    assert {(way, seed) for _, way, seed in found} == {("lora", 2)}
+
+
+def test_another_protocol_asks_in_its_way_and_is_no_score(study, monkeypatch):
+    asked = []
+
+    def evaluate(*_, **options):
+        asked.append(options)
+        row = {"task": "arc_easy", "question": 0, "n_choices": 2, "gold": 0, "choice": 0, "choice_norm": 0}
+        return pd.DataFrame([row | {"acc": 1, "acc_norm": 1, "bits": 3.0, "bytes": 4, "shots": 5}])
+
+    monkeypatch.setattr("moeits.evaluation.evaluate", evaluate)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
+    protocol = profiles.Protocol(shots=5, chat_template=True)
+    found = [study.protocol_scores(protocol), study.protocol_scores(protocol, 1.25)]
+    assert [record.step for record in found] == ["protocol", "protocol"]
+    assert {row["method"] for record in found for row in record.rows} == {"whole", "moeits"}
+    assert [(of["shots"], of["chat_template"], of["limit"]) for of in asked] == [
+        (5, True, study.profile.questions)
+    ] * 2
+    assert not list(study.records.glob("scores-*"))
+    with pytest.raises(ValueError, match=r"chat_templates.*known"):
+        profiles.load("laptop", protocols=[{"chat_templates": True}])
 
 
 def test_a_study_of_an_unknown_model_names_the_known_ones():
