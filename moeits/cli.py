@@ -149,8 +149,6 @@ def run(
         return
     if gpu:
         raise click.UsageError("--on belongs to --dry-run")
-    import yaml
-
     from moeits import profiles
     from moeits.run import BookError, NotebookError, run_notebook, run_profile
 
@@ -164,15 +162,23 @@ def run(
         elif student:
             raise click.UsageError("--student belongs to the book, not to a NOTEBOOK")
         else:
-            given = {"profile": profile}
-            for parameter in parameters:
-                name, equals, value = parameter.partition("=")
-                if not equals:
-                    raise click.UsageError(f"-p {parameter}: write NAME=VALUE")
-                given[name] = yaml.safe_load(value)
+            given = {"profile": profile} | _values("-p", parameters)
             click.echo(run_notebook(notebook, target=target, parameters=given))
     except (NotebookError, BookError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _values(option: str, pairs: Sequence[str]) -> dict[str, object]:
+    """Read what was given as NAME=VALUE; a value is written as in YAML."""
+    import yaml
+
+    given = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise click.UsageError(f"{option} {pair}: write NAME=VALUE")
+        given[name] = yaml.safe_load(value)
+    return given
 
 
 def _spread(command: Callable) -> Callable:
@@ -505,18 +511,10 @@ def heal(
     Started again, a killed training goes on from its last checkpoint. On several GPUs:
     accelerate launch -m moeits.cli heal FOLDER -o OUT, which share the accumulation.
     """
-    import yaml
-
     from moeits import devices, profiles
     from moeits.healing import heal as run
 
-    given = {"preset": preset}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set {setting}: write NAME=VALUE")
-        given[name] = yaml.safe_load(value)
-    recipe = None if no_lora else profiles.recipe(**given)
+    recipe = None if no_lora else profiles.recipe(**{"preset": preset} | _values("--set", settings))
     place, number, _ = devices.choose(device, dtype)
     options = {"refit_to": refit_to, "refit_tokens": refit_tokens, "progress": True}
     report = run(folder, output, recipe, **options, dtype=number, device_map={"": place})

@@ -213,7 +213,7 @@ class Study:
         lora, refit = self.profile.healing is not None, self.profile.refit_tokens > 0
         ways = [way for way in HEALINGS if (lora or "lora" not in way) and (refit or "refit" not in way)]
         seeds = range(max(1, self.profile.ablation_seeds))
-        others = [at for at in product(self.taus, ways, seeds) if at not in wanted]
+        others = [at for at in product(self.ablation_taus, ways, seeds) if at not in wanted]
         return wanted + [
             at for at in others if records.exists(self.records, "healing", self._healing_inputs(*at))
         ]
@@ -407,9 +407,22 @@ class Study:
         """The profile's taus and the model's own, largest first."""
         return sorted({*self.profile.tau_grid, self.profile.model(self.name).tau}, reverse=True)
 
+    @property
+    def ablation_taus(self) -> list[float]:
+        """The taus of ``moeits ablate``, largest first."""
+        return sorted({*self.taus, *self.profile.ablation_taus}, reverse=True)
+
     def curve(self) -> list[Record]:
-        """Measure the whole model and then every tau, as :meth:`scores` does."""
-        return [self.scores(), *map(self.scores, self.taus)]
+        """Measure the whole model and then every tau, as :meth:`scores` does.
+
+        Taus of the ablation come along where they were measured before.
+        """
+        found = [
+            tau
+            for tau in self.ablation_taus
+            if tau in self.taus or records.exists(self.records, "scores", self._scores_inputs("moeits", tau))
+        ]
+        return [self.scores(), *map(self.scores, found)]
 
     def controls(self, tau: float) -> list[Record]:
         """Measure the held-out perplexity with as many experts per layer as at `tau`, but random ones.
@@ -489,26 +502,26 @@ class Study:
         at_page = self.name == DENSE or tau in (None, self.profile.model(self.name).tau)
         return (self.profile.questions_at_page_tau if at_page else None) or self.profile.questions
 
-    def _scores(
+    def _scores_inputs(
         self,
         method: str,
         tau: float | None,
-        kept: dict[int, list[int]] | None,
-        tasks: list[str],
+        kept: dict[int, list[int]] | None = None,
+        tasks: list[str] | None = None,
         *,
         healed_with: int | None = None,
         protocol: Protocol | None = None,
-    ) -> Record:
-        """Score a model: whole, pruned, or healed with a seed; by another protocol only on the benchmarks."""
+    ) -> dict[str, Any]:
+        """All that a score depends on; by default that of the model pruned at `tau` on all benchmarks."""
         profile = self.profile
+        kept = self._kept(tau) if kept is None and tau is not None else kept
+        tasks = profile.tasks if tasks is None else tasks
         device, dtype, _ = devices.choose(profile.device, profile.dtype)
-        settings = {
+        return {
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "batch_size": profile.batch_size,
             "seed": profile.seed,
-        }
-        inputs = settings | {
             "model": self.name,
             "fingerprint": self.fingerprint,
             "method": method,
@@ -524,6 +537,21 @@ class Study:
             "source": _source("scores"),
             "lock": records.lock_digest(),
         }
+
+    def _scores(
+        self,
+        method: str,
+        tau: float | None,
+        kept: dict[int, list[int]] | None,
+        tasks: list[str],
+        *,
+        healed_with: int | None = None,
+        protocol: Protocol | None = None,
+    ) -> Record:
+        """Score a model: whole, pruned, or healed with a seed; by another protocol only on the benchmarks."""
+        profile = self.profile
+        inputs = self._scores_inputs(method, tau, kept, tasks, healed_with=healed_with, protocol=protocol)
+        settings = {key: inputs[key] for key in ("device", "dtype", "batch_size", "seed")}
 
         def measure() -> tuple[list[dict], dict]:
             from transformers import AutoTokenizer
@@ -677,11 +705,13 @@ def ablation(profile: Profile, name: str) -> Iterator[Step]:
     """
     study = Study(profile, name)
     for step in steps(profile, name):
-        if step.stage in ("models", "NMI") or (step.stage == "scores" and not step.way):
+        if step.stage in ("models", "NMI") or step.label == f"{name}: whole model":
             yield step
+    for tau in study.ablation_taus:
+        yield Step("scores", f"{name}: tau = {tau:g}", partial(study.scores, tau), name)
     if profile.healing is None:
         return
-    for tau, seed in product(study.taus, range(profile.ablation_seeds)):
+    for tau, seed in product(study.ablation_taus, range(profile.ablation_seeds)):
         label = f"{name}: tau = {tau:g}, lora, seed {seed}"
         yield Step("healing", label, partial(study.healing, tau, "lora", seed), name, "lora")
         scores = partial(study.healed_scores, tau, "lora", seed)

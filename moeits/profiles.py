@@ -137,7 +137,7 @@ class Profile(_Strict):
     preset : {"paper", "official"}
         Weights of the projections and diagonal, see :data:`moeits.nmi.PRESETS`.
     tau_grid : list of float
-        The taus of the ablation (Figure 2).
+        The taus at which every model is measured (Figure 2).
     tasks : list of str
         Benchmarks, by lm-eval's names.
     questions : int, optional
@@ -172,6 +172,8 @@ class Profile(_Strict):
     healed : dict of str to dict of float to list of str
         Model -> tau -> the ways in which the model that is pruned with it is healed: ``refit``, ``lora``,
         ``refit + lora``.
+    ablation_taus : list of float
+        Further taus of ``moeits ablate``.
     ablation_seeds : int
         Seeds with which ``moeits ablate`` heals at every tau.
     refit_tokens : int
@@ -216,6 +218,7 @@ class Profile(_Strict):
     heldout_tokens: int | None = Field(default=None, ge=512)
     healing: Recipe | None = None
     healed: dict[str, dict[Tau, list[Healing]]] = Field(default_factory=dict)
+    ablation_taus: list[Tau] = Field(default_factory=list)
     ablation_seeds: int = Field(default=1, ge=1)
     refit_tokens: int = Field(default=0, ge=0)
     green: list[str] = Field(default_factory=list)

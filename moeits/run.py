@@ -575,7 +575,9 @@ def _pages(profile: Profile, book: Path, figures: Path, student: bool) -> list[P
             name, model = models[target]
             notebook, parameters = "prune", parameters | {"model": name, "tau": model.tau}
         shown = DATA / "results" / profile.name
-        depends = sorted(shown.glob(f"{_SHOWS_ALL[notebook]}-*.json")) if notebook in _SHOWS_ALL else []
+        depends = [
+            file for step in _SHOWS_ALL.get(notebook, ()) for file in sorted(shown.glob(f"{step}-*.json"))
+        ]
         found.append(
             Page(notebook, target, parameters, pages=book / folder, figures=figures, depends=tuple(depends))
         )
@@ -583,7 +585,12 @@ def _pages(profile: Profile, book: Path, figures: Path, student: bool) -> list[P
 
 
 # Pages that show whatever records of these steps there are, also what another command measured.
-_SHOWS_ALL = {"tau-ablation": "healing", "rivals": "rival", "performance": "bench-*"}
+_SHOWS_ALL = {
+    "tau-ablation": ("scores", "healing"),
+    "rivals": ("rival", "final"),
+    "performance": ("bench-nmi", "bench-evaluation"),
+    "own-machine": ("bench-standins",),
+}
 
 
 def _make_pages(pages: Iterable[Page]) -> Iterator[tuple[str, float]]:

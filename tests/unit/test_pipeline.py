@@ -164,14 +164,17 @@ def test_steps_cover_the_profile_in_order():
 def test_an_ablation_heals_at_every_tau_with_every_seed(study):
     profile = study.profile.model_copy(update={"ablation_seeds": 2})
     study = pipeline.Study(profile, study.name)
+    assert set(study.ablation_taus) == {0.5, 0.75, 1.25, 2.5, 5.0}
     steps = list(pipeline.ablation(profile, study.name))
     labels = [step.label for step in steps if step.way]
-    for tau in study.taus:
+    for tau in study.ablation_taus:
         for seed in range(2):
             assert f"tiny: tau = {tau:g}, lora, seed {seed}" in labels
             assert f"tiny: tau = {tau:g}, lora, seed {seed}: scores" in labels
-    assert len(labels) == 4 * len(study.taus)
-    assert {step.label for step in steps if not step.way} >= {f"tiny: tau = {tau:g}" for tau in study.taus}
+    assert len(labels) == 4 * len(study.ablation_taus)
+    assert {step.label for step in steps if not step.way} >= {
+        f"tiny: tau = {tau:g}" for tau in study.ablation_taus
+    }
     unhealed = profile.model_copy(update={"healing": None})
     assert not [step for step in pipeline.ablation(unhealed, study.name) if step.way]
 
