@@ -9,7 +9,9 @@ import pandas as pd
 
 from moeits import records
 
-_KEYS = ["step", "model", "method", "tau", "task", "metric", "variant"]
+_SETTINGS = ["shots", "chat_template", "way", "healing seed"]
+_ASKED = ["step", "model", "method", "tau", *_SETTINGS]
+_KEYS = ["step", "model", "method", "tau", "task", "metric", "variant", *_SETTINGS]
 
 
 def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
@@ -24,10 +26,10 @@ def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
     -------
     DataFrame
         A row for each result that both have, dense models first: step, model, method, tau, task, metric,
-        variant; ``first``, ``second``, ``difference`` (second minus first), ``stderr`` (joint), ``n``;
-        ``flips``, the questions that one answers right and the other wrong, where both kept the answers; and
-        ``verdict``: "same", "within error" (at most two joint standard errors), "outside", or "no error
-        known".
+        variant, and what else was set (shots, chat_template, way and seed of the healing); ``first``,
+        ``second``, ``difference`` (second minus first), ``stderr`` (joint), ``n``; ``flips``, the questions
+        that one answers right and the other wrong, where both kept the answers; and ``verdict``: "same",
+        "within error" (at most two joint standard errors), "outside", or "no error known".
 
     Raises
     ------
@@ -43,7 +45,7 @@ def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
     for folder, loaded in zip((first, second), found, strict=True):
         if not loaded:
             raise ValueError(f"{folder} holds no records")
-    frames = [_last(records.frame(loaded)) for loaded in found]
+    frames = [_last(_with_settings(loaded)) for loaded in found]
     both = frames[0].merge(frames[1], on=_KEYS, suffixes=("_first", "_second"))
     if both.empty:
         raise ValueError(f"{first} and {second} have no result in common")
@@ -59,9 +61,7 @@ def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
             verdict = "no error known"
         else:
             verdict = "within error" if abs(difference) <= 2 * stderr else "outside"
-        key = tuple(
-            None if pd.isna(pair[name]) else pair[name] for name in ("model", "method", "tau", "task")
-        )
+        key = tuple(None if pd.isna(pair[name]) else pair[name] for name in (*_ASKED, "task"))
         rows.append(
             {name: pair[name] for name in _KEYS}
             | {"first": pair["value_first"], "second": pair["value_second"], "difference": difference}
@@ -103,6 +103,17 @@ def _flat(provenance: dict[str, Any]) -> list[tuple[str, Any]]:
     return flat
 
 
+def _settings(record: records.Record) -> dict[str, Any]:
+    """Tell apart what has the same model and method: how it was asked and healed."""
+    return {"step": record.step, **{name: record.inputs.get(name) for name in _SETTINGS}}
+
+
+def _with_settings(loaded: list[records.Record]) -> pd.DataFrame:
+    settings = {record.id: _settings(record) for record in loaded}
+    rows = records.frame(loaded)
+    return rows.assign(**{name: [settings[of][name] for of in rows.record] for name in _SETTINGS})
+
+
 def _last(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for each result: of several, for other settings, the one with the most questions."""
     return rows.sort_values("n", na_position="first").drop_duplicates(_KEYS, keep="last")
@@ -115,7 +126,7 @@ def _flips(found: list[list[records.Record]]) -> dict[tuple, int]:
         by_key = {}
         for record in loaded:
             if "items" in record.details and record.rows:
-                key = tuple(record.rows[0][name] for name in ("model", "method", "tau"))
+                key = tuple({**record.rows[0], **_settings(record)}[name] for name in _ASKED)
                 by_key[key] = pd.DataFrame(record.details["items"])
         answers.append(by_key)
     flips = {}

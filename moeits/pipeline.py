@@ -533,10 +533,13 @@ class Study:
             "documents": profile.documents,
             "heldout_tokens": None if protocol else profile.heldout_tokens,
             **({"chat_template": protocol.chat_template} if protocol else {}),
-            **({} if healed_with is None else {"healed": self.healing(tau, method, healed_with).id}),
+            **({} if healed_with is None else self._healed(tau, method, healed_with)),
             "source": _source("scores"),
             "lock": records.lock_digest(),
         }
+
+    def _healed(self, tau: float, way: str, seed: int) -> dict[str, Any]:
+        return {"healed": self.healing(tau, way, seed).id, "healing seed": seed}
 
     def _scores(
         self,

@@ -9,6 +9,7 @@ import pandas as pd
 
 from moeits import profiles, records
 from moeits.paths import DATA, ROOT, whole
+from moeits.profiles import Profile
 
 REFERENCE = DATA / "reference" / "laptop"
 _MARKS = "<!-- results of the laptop profile, by make reference -->", "<!-- end of the results -->"
@@ -54,8 +55,57 @@ def _newest(files: Iterable[Path]) -> list[Path]:
     return sorted(found.values())
 
 
+def summary(folder: Path, profile: Profile) -> pd.DataFrame:
+    """Summarise the scores of a run: whole, pruned, random and healed models.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of its records.
+    profile : Profile
+        Its settings, which say at what tau each model is shown.
+
+    Returns
+    -------
+    DataFrame
+        A line for each model and state: model, state, kept (share of the routed experts), perplexity, bits
+        per byte and acc (means over the benchmarks) with a column of standard errors each (``perplexity
+        stderr``, ...), questions. Of several random draws or seeds the means.
+    """
+    rows = records.frame(records.load(folder, "scores"))
+    lines = []
+    for name in ["dense", *profile.models]:
+        part = rows[rows.model == name]
+        own = None if name == "dense" else profile.model(name).tau
+        shown = part[part.tau.isna() | (part.tau == own)]
+        for method, state in _STATES.items():
+            chosen = shown[
+                shown.method.str.startswith("random") if method == "random" else shown.method == method
+            ]
+            if chosen.empty:
+                continue
+            perplexity = chosen[chosen.metric == "perplexity"]
+            mean = chosen[chosen.task == "mean"]
+            found = {
+                "perplexity": perplexity,
+                "bits per byte": mean[mean.variant == "bits_per_byte"],
+                "acc": mean[mean.variant == "acc"],
+            }
+            line = {
+                "model": name,
+                "state": "dense" if name == "dense" else state.format(tau=own, draws=len(perplexity)),
+                "kept": None if name == "dense" else chosen.kept_share.iloc[0],
+            }
+            for measure, values in found.items():
+                line[measure] = values.value.astype(float).mean()
+                line[f"{measure} stderr"] = values.stderr.astype(float).mean()
+            line["questions"] = found["acc"].n.max()
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def results_table(reference: Path = REFERENCE) -> str:
-    """Tabulate the scores of a folder of records, in Markdown: whole, pruned, random and healed models.
+    """Tabulate the scores of a folder of the laptop profile's records, in Markdown.
 
     Parameters
     ----------
@@ -67,23 +117,32 @@ def results_table(reference: Path = REFERENCE) -> str:
     str
         The table, values with one standard error.
     """
-    settings = profiles.load("laptop")
-    rows = records.frame(records.load(reference, "scores"))
     lines = [
         "| model | | routed experts | perplexity | bits per byte | accuracy | questions |",
         "|:---|:---|---:|---:|---:|---:|---:|",
     ]
-    for name in ["dense", *settings.models]:
-        part = rows[rows.model == name]
-        own = None if name == "dense" else settings.model(name).tau
-        shown = part[part.tau.isna() | (part.tau == own)]
-        for method in ("whole", "moeits", "random", "refit", "lora", "refit + lora"):
-            chosen = shown[
-                shown.method.str.startswith("random") if method == "random" else shown.method == method
-            ]
-            if not chosen.empty:
-                lines.append(_line(name, method, own, chosen))
+    before = None
+    for line in summary(reference, profiles.load("laptop")).to_dict("records"):
+        cells = [
+            line["model"] if line["model"] != before else "",
+            line["state"],
+            "" if pd.isna(line["kept"]) else f"{line['kept']:.1%}",
+            with_error(line["perplexity"], line["perplexity stderr"], ".1f"),
+            with_error(line["bits per byte"], line["bits per byte stderr"], ".3f"),
+            with_error(line["acc"], line["acc stderr"], ".3f"),
+            "" if pd.isna(line["questions"]) else f"{line['questions']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        before = line["model"]
     return "\n".join(lines) + "\n"
+
+
+def with_error(value: float, stderr: float, style: str) -> str:
+    """Write a value with its standard error; large ones with an exponent, missing ones not at all."""
+    if pd.isna(value):
+        return ""
+    style = style if value < 1e4 else ".1e"
+    return f"{value:{style}} ± {stderr:{style}}"
 
 
 def update_readme(readme: Path = ROOT / "README.md", reference: Path = REFERENCE) -> None:
@@ -107,34 +166,6 @@ _STATES = {
     "lora": "pruned and healed by LoRA",
     "refit + lora": "pruned, refitted and healed",
 }
-
-
-def _line(name: str, method: str, tau: float | None, rows: pd.DataFrame) -> str:
-    perplexity = rows[rows.metric == "perplexity"]
-    scores = {
-        variant: rows[(rows.task == "mean") & (rows.variant == variant)]
-        for variant in ("bits_per_byte", "acc")
-    }
-    share = "" if name == "dense" else f"{rows.kept_share.iloc[0]:.1%}"
-    cells = [
-        name if method == "whole" else "",
-        "dense" if name == "dense" else _STATES[method].format(tau=tau, draws=len(perplexity)),
-        share,
-        _value(perplexity, ".1f"),
-        _value(scores["bits_per_byte"], ".3f"),
-        _value(scores["acc"], ".3f"),
-        "" if scores["acc"].empty else f"{scores['acc'].n.iloc[0]:.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _value(rows: pd.DataFrame, style: str) -> str:
-    """Give the mean of the rows' values, with the mean of their standard errors."""
-    if rows.empty:
-        return ""
-    value, error = rows.value.mean(), rows.stderr.astype(float).mean()
-    style = style if value < 1e4 else ".1e"
-    return f"{value:{style}} ± {error:{style}}"
 
 
 def _step(file: Path) -> str:

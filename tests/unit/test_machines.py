@@ -55,6 +55,22 @@ def test_of_two_settings_the_one_with_more_questions(tmp_path):
     assert table[table.metric == "accuracy"]["first"].tolist() == [0.3]
 
 
+def test_ways_to_ask_and_to_heal_are_kept_apart(tmp_path):
+    for folder, shift in (("a", 0.0), ("b", 0.25)):
+        for shots in (0, 5):
+            rows = [
+                records.row(
+                    model="moe", method="lora", metric="accuracy", value=shots + shift, stderr=0.1, n=3
+                )
+            ]
+            for seed in (0, 1):
+                inputs = {"shots": shots, "healing seed": seed}
+                records.write(tmp_path / folder, records.Record("protocol", inputs, rows))
+    table = compare_records(tmp_path / "a", tmp_path / "b")
+    assert sorted(zip(table.shots, table["healing seed"], strict=True)) == [(0, 0), (0, 1), (5, 0), (5, 1)]
+    assert table.difference.tolist() == [0.25] * 4
+
+
 def test_nothing_to_compare(tmp_path):
     write(tmp_path / "a", "moe", 0.4)
     write(tmp_path / "b", "dense", 0.4)

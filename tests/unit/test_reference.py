@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from moeits import records, reference
-from moeits.paths import ROOT
+from moeits import profiles, records, reference
+from moeits.paths import DATA, ROOT
 
 
 def scores(folder, number, method, tau, value, **more):
@@ -61,6 +61,17 @@ def test_of_records_that_differ_by_the_code_alone_the_newest_is_taken(measured, 
         for record in records.load(tmp_path / "reference", "rival")
     }
     assert kept == {("reap", "new"), ("lu", "old")}
+
+
+@pytest.mark.parametrize("folder", sorted((DATA / "reference").iterdir()), ids=lambda folder: folder.name)
+def test_what_is_committed_are_records_of_a_profile(folder):
+    """Also of those that somebody sends: whole, of this schema, unedited, made by a commit."""
+    assert folder.name in profiles.names() or (folder / "README.md").exists()
+    found = records.load(folder)
+    assert {record.step for record in found} >= {"scores"}
+    for record in found:
+        assert record.provenance["commit"], record.id
+        assert all(row.keys() >= records.ROW_KEYS for row in record.rows), record.id
 
 
 def test_the_readme_shows_the_committed_records():
