@@ -18,7 +18,8 @@ _MARKS = "<!-- results of the laptop profile, by make reference -->", "<!-- end 
 def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFERENCE) -> None:
     """Copy records to where they are committed; those of steps that were not measured again stay.
 
-    Of records that differ by the code alone, the newest is taken.
+    Of records that differ by the code alone, the newest is taken. A comparison of methods of which a first
+    book measures a part does not replace a larger one.
 
     Parameters
     ----------
@@ -31,10 +32,14 @@ def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFER
         If there are no scores.
     """
     found = _newest(Path(results).glob("*.json"))
-    steps = {_step(file) for file in found}
-    if "scores" not in steps:
+    if "scores" not in {_step(file) for file in found}:
         raise FileNotFoundError(f"{results} holds no scores: run `make book` first")
-    kept = [file for file in Path(reference).glob("*.json") if _step(file) not in steps]
+    before = list(Path(reference).glob("*.json"))
+    sizes = [sum(_step(file) == "rival" for file in files) for files in (found, before)]
+    if sizes[0] < sizes[1]:
+        found = [file for file in found if _step(file) not in _RIVALS]
+    steps = {_step(file) for file in found}
+    kept = [file for file in before if _step(file) not in steps]
     with whole(Path(reference).with_suffix(".new")) as part:
         part.mkdir()
         for file in [*found, *kept]:
@@ -42,6 +47,8 @@ def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFER
     shutil.rmtree(reference, ignore_errors=True)
     Path(reference).with_suffix(".new").rename(reference)
 
+
+_RIVALS = ("rival", "final", "statistics")
 
 # Inputs that change with the code while the question stays the same.
 _HASHES = ("source", "lock", "criterion", "criterion source", "statistics", "healed", "benchmark")

@@ -63,6 +63,20 @@ def test_of_records_that_differ_by_the_code_alone_the_newest_is_taken(measured, 
     assert kept == {("reap", "new"), ("lu", "old")}
 
 
+def test_a_part_of_the_comparison_does_not_replace_the_whole(measured, tmp_path):
+    kept = tmp_path / "reference"
+    for method in ("lu", "reap"):
+        records.remember(kept, "rival", {"method": method, "source": "old"}, lambda: ([], {}))
+    records.remember(measured, "rival", {"method": "reap", "source": "new"}, lambda: ([], {}))
+    reference.publish(measured, kept)
+    assert {of.inputs["source"] for of in records.load(kept, "rival")} == {"old"}
+    for method in ("lu", "moeits"):
+        records.remember(measured, "rival", {"method": method, "source": "new"}, lambda: ([], {}))
+    reference.publish(measured, kept)
+    assert len(records.load(kept, "rival")) == 3
+    assert {of.inputs["source"] for of in records.load(kept, "rival")} == {"new"}
+
+
 @pytest.mark.parametrize("folder", sorted((DATA / "reference").iterdir()), ids=lambda folder: folder.name)
 def test_what_is_committed_are_records_of_a_profile(folder):
     """Also of those that somebody sends: whole, of this schema, unedited, made by a commit."""
