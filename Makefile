@@ -10,7 +10,7 @@ OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test book book-student ablation rivals bench paper-check reference clean
+.PHONY: help env lock lint format test book book-student book-pdf ablation rivals bench paper-check reference clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,13 @@ book: env ## run the pipeline and the notebooks of PROFILE and render book/_buil
 
 book-student: env ## the same without the solutions of the exercises, as book/_build/student/index.html
 	$(RUN)moeits run --profile $(PROFILE) --student
+
+book-pdf: env ## render the book as PDF, where LaTeX is installed
+	@command -v latexmk >/dev/null && command -v xelatex >/dev/null || { \
+	    echo "a PDF needs LaTeX: install latexmk and xelatex (on Debian: latexmk texlive-xetex" \
+	        "texlive-latex-extra fonts-freefont-otf), or print pages of book/_build/html from a browser"; exit 1; }
+	$(RUN)moeits run --profile $(PROFILE)
+	$(BIN)/jupyter-book build book --builder pdflatex --path-output book/_build/pdf
 
 test: env lint ## run every test: package, notebooks and book in the smoke profile
 	$(RUN)python -m pytest

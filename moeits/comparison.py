@@ -518,6 +518,9 @@ def steps(
 ) -> Iterator[Step]:
     """List the measurements of a comparison, in order.
 
+    With as many experts per layer as MoEITS keeps, methods that differ only by how they spread a budget over
+    the layers are measured once.
+
     Parameters
     ----------
     profile : Profile
@@ -543,8 +546,14 @@ def steps(
                 name,
                 phase=1,
             )
+        same: dict[str, str] = {}
         for method in chosen:
             for budget in budgets:
+                # With the numbers of experts given, what differs by their spread alone is one method.
+                functions = criteria.criterion(method.split()[0]).functions[:3]
+                first = same.setdefault(records.digest([functions, method.split()[1:]]), method)
+                if budget == OWN and first != method:
+                    continue
                 yield Step(
                     "rivals",
                     f"{name}: {method}, {label(budget)}",

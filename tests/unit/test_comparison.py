@@ -228,6 +228,20 @@ def test_steps_are_the_profiles_or_those_asked_for(compared):
     assert [step.label for step in steps] == ["tiny: whole model", "tiny: first, 25%", "tiny: first, own"]
 
 
+def test_methods_that_differ_by_their_spread_are_measured_once_where_it_is_given(compared):
+    methods = ["moeits", "moeits-exclude", "moeits-uniform", "moeits-null", "reap", "reap-global"]
+    steps = comparison.steps(compared.profile, models=["tiny"], methods=methods, budgets=[0.5, "own"])
+    labels = [step.label for step in steps if step.label.endswith(("own", "50%"))]
+    assert [label for label in labels if label.endswith("own")] == [
+        "tiny: moeits, own",
+        "tiny: moeits-null, own",
+        "tiny: reap, own",
+    ]
+    assert len(labels) == len(methods) + 3
+    by_spread = [compared.cell(method, "own").details["nats"] for method in ("reap", "reap-global")]
+    assert by_spread[0] == by_spread[1]
+
+
 def test_overlap_by_hand():
     assert jaccard([0, 1, 2], [1, 2, 3]) == 0.5
     kept = {"moeits": {"1": [0, 1], "2": [0]}, "reap": {"1": [0, 1], "2": [1]}, "mc-moe": {"1": [0, 1, 2, 3]}}
