@@ -176,20 +176,12 @@ class Comparison:
 
     def finals_found(self) -> list[Record]:
         """Find the finals of this model that were measured before, as the settings are now."""
-        asked = [(WHOLE, None), *((method, way) for method in self.methods for way in (None, *HEALINGS))]
-        ways = [way for way in HEALINGS if self._can_heal(way)]
+        ways = [None, *filter(self.profile.can_heal, HEALINGS)]
         return [
             self.final(method, way)
-            for method, way in asked
-            if (way is None or way in ways)
-            and records.exists(self.study.records, "final", self._final_inputs(method, way))
+            for method, way in [(WHOLE, None), *product(self.methods, ways)]
+            if records.exists(self.study.records, "final", self._final_inputs(method, way))
         ]
-
-    def _can_heal(self, way: str) -> bool:
-        profile = self.profile
-        return ("lora" not in way or profile.healing is not None) and (
-            "refit" not in way or bool(profile.refit_tokens)
-        )
 
     @cached_property
     def counts(self) -> dict[int, int]:

@@ -210,9 +210,7 @@ class Study:
     def healings_found(self) -> list[tuple[float, str, int]]:
         """Tau, way and seed of the profile's, and of what else was healed before, as by ``moeits ablate``."""
         wanted = [(tau, way, 0) for tau, way in self.healings]
-        lora, refit = self.profile.healing is not None, self.profile.refit_tokens > 0
-        ways = [way for way in HEALINGS if (lora or "lora" not in way) and (refit or "refit" not in way)]
-        seeds = range(max(1, self.profile.ablation_seeds))
+        ways, seeds = filter(self.profile.can_heal, HEALINGS), range(self.profile.ablation_seeds)
         others = [at for at in product(self.ablation_taus, ways, seeds) if at not in wanted]
         return wanted + [
             at for at in others if records.exists(self.records, "healing", self._healing_inputs(*at))

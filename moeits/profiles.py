@@ -241,6 +241,12 @@ class Profile(_Strict):
             raise ValueError(f"profile {self.name!r} has no model {name!r}: it has {', '.join(self.models)}")
         return self.models[name]
 
+    def can_heal(self, way: str) -> bool:
+        """Whether there are settings for a way to heal, one of :data:`HEALINGS`."""
+        return ("lora" not in way or self.healing is not None) and (
+            "refit" not in way or self.refit_tokens > 0
+        )
+
 
 def names(folder: Path = DATA / "profiles") -> list[str]:
     """Names of the profiles that exist."""
