@@ -204,7 +204,7 @@ def counted(desk, monkeypatch):
     """A desk whose notebooks are not executed, with the list of the runs that would have been."""
     runs = []
 
-    def execute(source, *_):
+    def execute(source, *_, **__):
         runs.append(source)
         executed = nbformat.read(source, as_version=4)
         executed.metadata["language_info"] = {"name": "python"}
