@@ -8,11 +8,11 @@ and from what the machine can do, of which a program of this kind reaches about 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -158,12 +158,9 @@ def standin_memory(name: str, layers: int, recipe: Recipe) -> dict[str, float]:
     dict of str to float
         Bytes for ``nmi``, ``heal`` and ``evaluate``, the commands of the package.
     """
-    from transformers import CONFIG_MAPPING
-
     from moeits.standin import names
 
-    shape = paper.models()[names()[name]]["config"] | {"num_hidden_layers": layers}
-    config = CONFIG_MAPPING[shape.pop("model_type")](**shape, dtype="bfloat16")
+    config = _paper_config(paper.models()[names()[name]], num_hidden_layers=layers)
     profile = profiles.load("paper").model_copy(update={"healing": recipe})
     costs = _Costs(profile, config, find_machine("h100"), 0)
     return {"nmi": costs.nmi("")[1], "heal": costs.healing("lora")[1], "evaluate": costs.scores("")[1]}
@@ -315,7 +312,7 @@ class _Costs:
 
 
 def _config(settings: ModelSettings) -> "PreTrainedConfig":
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     from moeits.surgery import read_config
 
@@ -328,10 +325,17 @@ def _config(settings: ModelSettings) -> "PreTrainedConfig":
     if kind == "hub":
         for model in paper.models().values():
             if model["checkpoint"] == rest:
-                shape = dict(model["config"])
-                return CONFIG_MAPPING[shape.pop("model_type")](**shape, dtype="bfloat16")
+                return _paper_config(model)
         return AutoConfig.from_pretrained(rest, revision=settings.revision)
     return read_config(Path(settings.source).expanduser())
+
+
+def _paper_config(model: Mapping[str, Any], **changes: Any) -> "PreTrainedConfig":
+    """Make the configuration of one of :func:`moeits.paper.models`, with some settings changed."""
+    from transformers import CONFIG_MAPPING
+
+    shape = model["config"] | changes
+    return CONFIG_MAPPING[shape.pop("model_type")](**shape, dtype="bfloat16")
 
 
 def _seconds_per_weight() -> float:

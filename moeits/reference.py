@@ -149,7 +149,7 @@ def with_error(value: float, stderr: float, style: str) -> str:
     if pd.isna(value):
         return ""
     style = style if value < 1e4 else ".1e"
-    return f"{value:{style}} ± {stderr:{style}}"
+    return f"{value:{style}} ± {stderr:{style.lstrip('+')}}"
 
 
 def update_readme(readme: Path = ROOT / "README.md", reference: Path = REFERENCE) -> None:
