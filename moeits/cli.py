@@ -245,10 +245,11 @@ def rivals(
 
     settings = profiles.load(profile)
     everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
+    models = models or tuple(settings.models)
     steps = list(
         comparison.steps(
             settings,
-            models=models or list(settings.models),
+            models=models,
             methods=methods or everything,
             budgets=[own if own == comparison.OWN else float(own) for own in budgets] or comparison.BUDGETS,
         )
@@ -257,9 +258,17 @@ def rivals(
     cells = [record for record in pipeline.do(steps, **spread) if record.step == "rival"]
     ways = [None, *(healings or (["refit"] if settings.refit_tokens else []))]
     finals = pipeline.do(comparison.final_steps(settings, cells, ways), **spread)
-    for shown in (comparison.table(cells), comparison.finals_table(finals)):
+    # Timed one after the other, with nothing beside.
+    speeds = [] if methods else pipeline.do(comparison.speed_steps(settings, models), say=click.echo)
+    oracles = [comparison.Comparison(settings, name).oracle_found() for name in models]
+    for shown in (
+        comparison.table(cells),
+        comparison.finals_table(finals),
+        comparison.oracle_table([oracle for oracle in oracles if oracle], cells),
+        comparison.speed_table(speeds, cells),
+    ):
         if len(shown):
-            plain = evaluation.plain(shown.drop(columns="record")).fillna("")
+            plain = evaluation.plain(shown.drop(columns="record", errors="ignore")).fillna("")
             click.echo(plain.to_string(index=False))
 
 

@@ -1,9 +1,11 @@
 """All methods at equal budgets on the same models and text: quality, cost, and which experts they agree on.
 
 Each cell (model, method, budget) is one record, so that a comparison that was stopped goes on where it was.
-The few methods that matter most are taken further: scored on the benchmarks, as pruned and healed.
+The few methods that matter most are taken further: scored on the benchmarks, as pruned and healed. Beside
+them stand the oracle, which tries every subset of small layers, and the speed of what methods leave.
 """
 
+import copy
 import gc
 import math
 import tempfile
@@ -19,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moeits import criteria, devices, evaluation, records
+from moeits import criteria, devices, evaluation, green, records
+from moeits.criteria.controls import subsets
+from moeits.criteria.router import evenness
 from moeits.paths import CACHE
 from moeits.pipeline import Step, Study
 from moeits.profiles import HEALINGS, Profile
@@ -47,11 +51,31 @@ FINAL = 0.5
 FINALISTS = (REFERENCE, "reap", "random-token-norm", "random 0")
 """Methods that always are among the finalists, beside the one with the fewest bits per byte."""
 
+ORACLE_LAYERS = 3
+"""Layers, spread evenly over a model, whose subsets the oracle tries."""
+
+ORACLE_TOKENS = 1024
+"""Tokens of calibration text that the oracle's loss is measured on, at most."""
+
+FORMATS = {
+    "whole": ("whole",),
+    "pruned": ("moeits", "reap", "random-token-norm", "dern"),
+    "sparse": ("moe-pruner",),
+    "low-rank": ("moe-i2-low-rank",),
+    "int8": ("mc-moe",),
+}
+"""Ways in which a machine can run what methods leave (see :mod:`moeits.green`), and methods that leave it."""
+
+INT8_SHARE = 0.5
+"""Share of 16 bits that eight are: kernels for fewer bits there are none of on a CPU."""
+
 Budget = float | str
 
 _SOURCES = ("comparison", "evaluation", "corpus", "devices", "families", "surgery", "selection")
 _FINAL_SOURCES = (*_SOURCES, "shared_prefix", "unstack", "healing", "refit")
 _STATISTICS_SOURCES = ("criteria/base", "criteria/statistics", "corpus", "devices", "families")
+_ORACLE_SOURCES = (*_SOURCES, "criteria/base", "criteria/controls", "criteria/reconstruction")
+_SPEED_SOURCES = ("green", "families", "surgery", "unstack", "criteria/compression")
 
 
 @dataclass(frozen=True)
@@ -76,11 +100,11 @@ class Comparison:
 
     @property
     def methods(self) -> list[str]:
-        """Every method that can be measured, a random one for each of the profile's draws."""
+        """Every method that is measured in cells, a random one for each of the profile's draws."""
         return [
             label
             for name, criterion in criteria.CRITERIA.items()
-            if not criterion.quoted_only
+            if not (criterion.quoted_only or criterion.needs_loss)
             for label in (_random_draws(self.profile) if name == "random" else [name])
         ]
 
@@ -183,6 +207,57 @@ class Comparison:
             if records.exists(self.study.records, "final", self._final_inputs(method, way))
         ]
 
+    def oracle(self) -> Record:
+        """Try every subset of half of the experts in a few layers, one layer at a time, or find it done.
+
+        Returns
+        -------
+        Record
+            For each layer its best, median and worst loss of the model on calibration text and that of the
+            whole model, in nats per token. The details have, by layer, all subsets in lexicographic order,
+            the loss of each in every block of text, and the error of the layer's output. Where a layer has
+            too many subsets there are no rows, and ``details["impossible"]`` says so.
+        """
+        return records.remember(
+            self.study.records, "oracle", self._oracle_inputs(), self._try_subsets, provenance=self._place
+        )
+
+    def oracle_found(self) -> Record | None:
+        """Find what :meth:`oracle` has measured as the settings are now, if it has."""
+        known = records.exists(self.study.records, "oracle", self._oracle_inputs())
+        return self.oracle() if known else None
+
+    def speed(self, form: str, share: float) -> Record:
+        """Time a form of the model, or find it timed.
+
+        Parameters
+        ----------
+        form : str
+            Of :data:`FORMATS`.
+        share : float
+            Of the routed experts' bytes that are left.
+
+        Returns
+        -------
+        Record
+            Tokens per second of reading and writing, and memory.
+        """
+        return records.remember(
+            self.study.records,
+            "speed",
+            self._speed_inputs(form, share),
+            lambda: self._time(form, share),
+            provenance=self._place,
+        )
+
+    def speeds_found(self) -> list[Record]:
+        """Find the forms that were timed before, as the settings are now."""
+        return [
+            self.speed(*form)
+            for form in _forms()
+            if records.exists(self.study.records, "speed", self._speed_inputs(*form))
+        ]
+
     @cached_property
     def counts(self) -> dict[int, int]:
         """Experts that MoEITS keeps in each layer at the model's own tau."""
@@ -225,16 +300,11 @@ class Comparison:
             blocks = corpus.blocks(text, self._tokenizer, tokens=tokens)
         found = gather(model, blocks, batch_size=self.profile.batch_size)
         write_statistics(self._statistics_file(text), found, self._statistics_inputs(text))
-        row = records.row(
-            model=self.name,
-            method="statistics",
-            task=text,
-            metric="tokens",
-            value=int(blocks.size),
-            n=len(blocks),
-            unit="1",
-        )
-        return [row], {}
+        even = {str(number): evenness(known.gates) for number, known in found.items()}
+        row = partial(records.row, model=self.name, method="statistics", task=text, unit="1", n=len(blocks))
+        mean = float(np.mean(list(even.values())))
+        rows = [row(metric="tokens", value=int(blocks.size)), row(metric="evenness", value=mean)]
+        return rows, {"evenness": even}
 
     @cached_property
     def _known(self) -> "dict[str, dict[int, Statistics]]":
@@ -259,6 +329,87 @@ class Comparison:
             if text := _text(method):
                 inputs["statistics"] = records.digest(self._statistics_inputs(text))
         return inputs
+
+    def _oracle_inputs(self) -> dict[str, Any]:
+        return self._place | {
+            "model": self.name,
+            "fingerprint": self.study.fingerprint,
+            "layers": ORACLE_LAYERS,
+            "tokens": min(ORACLE_TOKENS, self.profile.calibration_tokens),
+            "statistics": records.digest(self._statistics_inputs("calibration")),
+            "source": records.source_digest(_ORACLE_SOURCES),
+            "lock": records.lock_digest(),
+        }
+
+    def _try_subsets(self) -> tuple[list[dict], dict]:
+        from moeits import corpus
+        from moeits.criteria.reconstruction import subset_error
+
+        numbers = sorted(self._layers)
+        places = np.linspace(0, len(numbers) - 1, ORACLE_LAYERS).round().astype(int)
+        chosen = [numbers[place] for place in dict.fromkeys(places.tolist())]
+        known = self.statistics("calibration")
+        layers = {number: replace(self._layers[number], calibration=known[number]) for number in chosen}
+        try:
+            tried = {number: subsets(layer, layer.experts // 2) for number, layer in layers.items()}
+        except ValueError as error:
+            return [], {"impossible": str(error)}
+        tokens = min(ORACLE_TOKENS, self.profile.calibration_tokens)
+        blocks = corpus.blocks("calibration", self._tokenizer, length=128, tokens=tokens)
+        model = self.study.load()
+        whole, rows, details = _losses(model, {}, blocks), [], {}
+        for number, layer in layers.items():
+            losses = [_losses(model, {number: kept}, blocks) for kept in tried[number]]
+            means = np.mean(losses, axis=1)
+            values = {"best": means.min(), "median": np.median(means), "worst": means.max()}
+            rows += [
+                records.row(
+                    model=self.name,
+                    method="oracle",
+                    task=f"layer {number}",
+                    metric="nats per token",
+                    variant=variant,
+                    value=float(value),
+                    n=len(blocks),
+                    unit="nats",
+                    higher_is_better=False,
+                )
+                for variant, value in (values | {"whole": np.mean(whole)}).items()
+            ]
+            details[str(number)] = {
+                "kept": [list(kept) for kept in tried[number]],
+                "nats": np.round(losses, 6).tolist(),
+                "error": [subset_error(layer, kept) for kept in tried[number]],
+            }
+        return rows, {"layers": details, "whole": np.round(whole, 6).tolist()}
+
+    def _speed_inputs(self, form: str, share: float) -> dict[str, Any]:
+        return self._place | {
+            "model": self.name,
+            "fingerprint": self.study.fingerprint,
+            "form": form,
+            "share": share,
+            "source": records.source_digest(_SPEED_SOURCES),
+            "lock": records.lock_digest(),
+        }
+
+    def _time(self, form: str, share: float) -> tuple[list[dict], dict]:
+        kept = {n: range(count) for n, count in criteria.base.uniform(self._layers, share).items()}
+        place = {key: self._place[key] for key in ("device", "dtype")}
+        (found,) = green.compare_costs(self.study.folder, kept, variants=[form], share=share, **place)
+        row = partial(records.row, model=self.name, method=form, kept_share=share, task="speed")
+        rows = [
+            row(
+                metric=metric,
+                value=found[metric],
+                stderr=found[f"{metric}_stderr"],
+                n=found["n"],
+                unit="tokens/s",
+            )
+            for metric in ("prefill", "decode")
+        ]
+        rows.append(row(metric="memory", value=found["memory_bytes"], unit="bytes", higher_is_better=False))
+        return rows, {}
 
     @cached_property
     def _layers(self) -> "dict[int, Layer]":
@@ -415,12 +566,18 @@ class Comparison:
 
         blocks = corpus.blocks("heldout", self._tokenizer, tokens=self.profile.heldout_tokens)
         tokens = [len(block) - 1 for block in blocks]
-        nats = [
-            math.log(evaluation.perplexity(model, block[None])["value"]) * count
-            for block, count in zip(blocks, tokens, strict=True)
-        ]
+        nats = evaluation.log_losses(model, blocks).tolist()
         texts = [self._tokenizer.decode(block[1:], clean_up_tokenization_spaces=False) for block in blocks]
         return nats, tokens, [len(text.encode()) for text in texts]
+
+
+def _losses(model: "nn.Module", kept: Mapping[int, Sequence[int]], blocks: np.ndarray) -> np.ndarray:
+    """Mean negative log-likelihood of a token in every block, with only these experts in the given layers."""
+    from moeits.surgery import prune_model
+
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    pruned = prune_model(copy.deepcopy(model, shared), kept)  # the rest of the weights is not copied
+    return evaluation.log_losses(pruned, blocks, 8) / (blocks.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -485,6 +642,16 @@ def select_from_folder(
     if criterion.needs_probe:
         probe = gather(model, random_tokens(model, tokens, seed=seed))
     layers = layers_of(model, statistics, probe=probe, seed=seed)
+    if criterion.needs_loss:
+        text = blocks[: max(ORACLE_TOKENS // blocks.shape[1], 1)]
+        used = int(text.size)
+        layers = {
+            number: replace(
+                layer,
+                loss=lambda kept, number=number: float(np.mean(_losses(model, {number: kept}, text))),
+            )
+            for number, layer in layers.items()
+        }
     budget = {"n_keep": n_keep} if n_keep is not None else {"share": share}
     return Kept(
         criteria.select(name, layers, **budget),
@@ -540,6 +707,9 @@ def steps(
             )
         same: dict[str, str] = {}
         for method in chosen:
+            if criteria.criterion(method.split()[0]).needs_loss:
+                yield Step("rivals", f"{name}: {method}", lambda of=of: of().oracle(), name)
+                continue
             for budget in budgets:
                 # With the numbers of experts given, what differs by their spread alone is one method.
                 functions = criteria.criterion(method.split()[0]).functions[:3]
@@ -552,6 +722,34 @@ def steps(
                     lambda of=of, method=method, budget=budget: of().cell(method, budget),
                     name,
                 )
+
+
+def speed_steps(profile: Profile, models: Iterable[str]) -> Iterator[Step]:
+    """List the timings of what methods leave, which want the machine for themselves.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    models : iterable of str
+        Of the profile; those whose costs it measures (:attr:`Profile.green`) are timed.
+    """
+    for name in models:
+        if name in profile.green:
+            for form, share in _forms():
+                of = partial(_one, profile.model_dump_json(), name)
+                yield Step(
+                    "speeds",
+                    f"{name}: speed of {form}, {label(share)}",
+                    lambda of=of, form=form, share=share: of().speed(form, share),
+                    name,
+                )
+
+
+def _forms() -> list[tuple[str, float]]:
+    shares = [budget for budget in BUDGETS if budget != OWN]
+    once = {"whole": [1.0], "int8": [INT8_SHARE]}
+    return [(form, share) for form in FORMATS for share in once.get(form, shares)]
 
 
 @lru_cache(maxsize=1)
@@ -693,6 +891,110 @@ def paired(cell: Record, other: Record) -> tuple[float, float]:
         raise ValueError("the two cells were not measured on the same text")
     bits = (np.array(cell.details["nats"]) - np.array(other.details["nats"])) / math.log(2)
     return evaluation.ratio(bits, cell.details["bytes"])
+
+
+def oracle_table(oracles: Iterable[Record], cells: Iterable[Record]) -> pd.DataFrame:
+    """Rank methods among all subsets of a layer's experts by the model's loss.
+
+    Parameters
+    ----------
+    oracles : iterable of Record
+        From :meth:`Comparison.oracle`.
+    cells : iterable of Record
+        From :meth:`Comparison.cell`; those that keep half of a layer's experts, and change no weight, count.
+
+    Returns
+    -------
+    DataFrame
+        model, layer, method, rank (1 is the best subset), subsets (their number), loss (nats per token) less
+        that of the best subset, and its stderr over the blocks of text. "layer error" is the subset whose
+        layer output is nearest to the whole layer's.
+    """
+    cells, lines = list(cells), []
+    for record in oracles:
+        for number, layer in record.details.get("layers", {}).items():
+            nats, found = np.array(layer["nats"]), [tuple(kept) for kept in layer["kept"]]
+            means = nats.mean(axis=1)
+            chosen = {"layer error": found[int(np.argmin(layer["error"]))]}
+            for cell in cells:
+                if cell.inputs["model"] == record.inputs["model"] and cell.inputs["budget"] == FINAL:
+                    kept = tuple((cell.details.get("kept") or {}).get(number, ()))
+                    if _removes(cell) and criteria.criterion(cell.inputs["method"].split()[0]).change is None:
+                        chosen[cell.inputs["method"]] = kept
+            for method, kept in chosen.items():
+                if kept in found:
+                    at = found.index(kept)
+                    off = nats[at] - nats[means.argmin()]
+                    lines.append(
+                        {
+                            "model": record.inputs["model"],
+                            "layer": int(number),
+                            "method": method,
+                            "rank": int((means < means[at]).sum()) + 1,
+                            "subsets": len(found),
+                            "loss": off.mean(),
+                            "stderr": off.std(ddof=1) / math.sqrt(len(off)),
+                        }
+                    )
+    return pd.DataFrame(lines)
+
+
+def speed_table(speeds: Iterable[Record], cells: Iterable[Record]) -> pd.DataFrame:
+    """Set what methods leave beside removed experts at equal measured speed.
+
+    Parameters
+    ----------
+    speeds : iterable of Record
+        From :meth:`Comparison.speed`.
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+
+    Returns
+    -------
+    DataFrame
+        model, form, share (of the routed experts' bytes), method (that leaves this form); reading, writing
+        (tokens per second) with their stderr; bits per byte with its stderr; and, for the whole model and
+        methods that change weights, ``as fast``: the largest share of experts with which a model with fewer
+        experts, or the whole one, reads no slower (within two joint standard errors).
+    """
+    by_cell = {
+        (cell.inputs["model"], cell.inputs["method"], cell.inputs["budget"]): cell
+        for cell in cells
+        if cell.rows
+    }
+    timed = [
+        {
+            **{key: speed.inputs[key] for key in ("model", "form", "share")},
+            **{
+                name: row[part]
+                for row in speed.rows
+                for metric, label in (("prefill", "reading"), ("decode", "writing"))
+                for part, name in (("value", label), ("stderr", f"{label} stderr"))
+                if row["metric"] == metric
+            },
+        }
+        for speed in speeds
+    ]
+    lines = []
+    for line in timed:
+        rivals = [
+            other
+            for other in timed
+            if other["model"] == line["model"]
+            and other["form"] in ("whole", "pruned")
+            and other["reading"]
+            >= line["reading"] - 2 * math.hypot(other["reading stderr"], line["reading stderr"])
+        ]
+        fast = max((other["share"] for other in rivals), default=None)
+        for method in FORMATS[line["form"]]:
+            cell = by_cell.get((line["model"], method, line["share"]))
+            bits = next((row for row in cell.rows if row["metric"] == "bits per byte"), {}) if cell else {}
+            lines.append(
+                line
+                | {"method": method, "as fast": None if line["form"] == "pruned" else fast}
+                | {"bits per byte": bits.get("value"), "stderr": bits.get("stderr")}
+            )
+    return pd.DataFrame(lines)
 
 
 def overlaps(cells: Iterable[Record]) -> pd.DataFrame:

@@ -505,9 +505,10 @@ def perplexity(
 ) -> dict[str, float]:
     """Perplexity of a model on blocks of tokens.
 
-    The exponential of the mean negative log-likelihood (natural logarithm) of every token after the first of
-    its block. The blocks are the independent units: the standard error is the delta method's, of the ratio of
-    summed log-likelihoods to summed tokens over the blocks, times the perplexity for the exponential.
+    The exponential of the mean negative log-likelihood of every token after the first of its block
+    (:func:`log_losses`). The blocks are the independent units: the standard error is the delta method's, of
+    the ratio of summed log-likelihoods to summed tokens over the blocks, times the perplexity for the
+    exponential.
 
     Parameters
     ----------
@@ -522,6 +523,33 @@ def perplexity(
     -------
     dict
         ``value``; ``stderr``, NaN for one block; ``n``, the number of blocks.
+
+    Raises
+    ------
+    ValueError
+        See :func:`log_losses`.
+    """
+    nats = log_losses(model, blocks, batch_size)
+    mean, stderr = ratio(nats, [len(block) - 1 for block in blocks])
+    return {"value": exp(mean), "stderr": exp(mean) * stderr, "n": len(blocks)}
+
+
+def log_losses(
+    model: "PreTrainedModel",
+    blocks: "torch.Tensor | Sequence[torch.Tensor | Sequence[int]]",
+    batch_size: int = 4,
+) -> np.ndarray:
+    """Negative log-likelihood of each of several blocks of tokens, in nats.
+
+    Parameters
+    ----------
+    model, blocks, batch_size
+        As for :func:`perplexity`.
+
+    Returns
+    -------
+    ndarray, shape (N,)
+        Summed over every token after the first of the block.
 
     Raises
     ------
@@ -553,8 +581,7 @@ def perplexity(
             f"{type(model).__name__} gives a log-likelihood that is not finite on block "
             f"{int(np.flatnonzero(~np.isfinite(nats))[0])}: look for NaN or Inf in its weights"
         )
-    mean, stderr = ratio(nats, [len(row) - 1 for row in rows])
-    return {"value": exp(mean), "stderr": exp(mean) * stderr, "n": len(rows)}
+    return nats
 
 
 def _check_blocks(model: "PreTrainedModel", rows: "list[torch.Tensor]", batch_size: int) -> None:

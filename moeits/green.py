@@ -3,7 +3,9 @@
 Each variant is measured in a process of its own, so that none profits from what another left in memory:
 ``whole``; ``pruned``, with the experts cut out; ``zeroed``, with the same experts' weights set to zero, which
 saves nothing that is stored or computed (section 6.1 of arXiv 2604.10603 makes the point for unstructured
-pruning); and ``int8``, the whole model with its linear maps in eight bits.
+pruning); and ``int8``, the whole model with its linear maps in eight bits. What other methods leave is timed
+in two more: ``sparse``, the experts' matrices in compressed rows without their smallest weights, and
+``low-rank``, each of them as the product of two thin ones.
 """
 
 import json
@@ -12,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, stdev
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from moeits import energy, records
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 VARIANTS = ("whole", "pruned", "zeroed", "int8")
+"""What the page on costs compares."""
 
 
 def compare_costs(
@@ -30,6 +35,7 @@ def compare_costs(
     kept: Mapping[int, Sequence[int]],
     *,
     variants: Sequence[str] = VARIANTS,
+    share: float = 0.5,
     prompt: int = 512,
     new: int = 16,
     repeats: int = 5,
@@ -45,20 +51,24 @@ def compare_costs(
     kept : mapping of int to sequence of int
         Experts that the pruned variant keeps.
     variants : sequence of str
-        Of :data:`VARIANTS`.
+        Of :data:`VARIANTS`, ``sparse`` and ``low-rank``.
+    share : float
+        Of the bytes of the experts in 16 bits that ``sparse`` and ``low-rank`` leave.
     prompt, new : int
         Tokens that are read at once, and tokens that are generated one after the other.
     repeats : int
         Repetitions; medians are reported, and the first pass is not counted.
     device, dtype : str
-        Where and in what the model runs; ``int8`` computes in float32 where it does not in eight bits.
+        Where and in what the model runs; ``int8`` computes in float32 where it does not in eight bits, and
+        the products of ``sparse`` are in float32.
 
     Returns
     -------
     list of dict
         For each variant its name, ``file_bytes``, ``memory_bytes`` (resident memory after the passes, less
-        that before the model was loaded), ``multiply_adds`` per token, ``prefill`` and ``decode`` in tokens
-        per second with their standard errors over the repetitions (``prefill_stderr``, ``decode_stderr``),
+        that before the model was loaded), ``multiply_adds`` per token of the model as it was loaded,
+        ``prefill`` and ``decode`` in tokens per second with their standard errors over the ``n`` repetitions
+        (``prefill_stderr``, ``decode_stderr``),
         ``joules`` per generated token or None (see :mod:`moeits.energy`), and ``surgery``, the seconds in
         which the pruned variant's checkpoint was written, or None.
 
@@ -73,12 +83,14 @@ def compare_costs(
     with tempfile.TemporaryDirectory() as scratch:
         pruned = Path(scratch) / "pruned"
         start = time.perf_counter()
-        prune_checkpoint(folder, pruned, kept)
+        if "pruned" in variants:
+            prune_checkpoint(folder, pruned, kept)
         surgery = time.perf_counter() - start
         for variant in variants:
             job = {
                 "folder": str(pruned if variant == "pruned" else folder),
                 "variant": variant,
+                "share": share,
                 "kept": {str(layer): list(ids) for layer, ids in kept.items()},
                 **{"prompt": prompt, "new": new, "repeats": repeats, "device": device, "dtype": dtype},
             }
@@ -130,6 +142,8 @@ def _measure(job: Mapping) -> dict:
                 weights[gone] = 0
     if variant == "int8":
         file_bytes = _to_int8(model)
+    elif variant in ("sparse", "low-rank"):
+        file_bytes -= _shrink_experts(model, _sparse if variant == "sparse" else _low_rank, job["share"])
     ids = torch.randint(3, model.config.vocab_size, (1, job["prompt"]), device=job["device"])
     prefill, decode, joules = [], [], []
     with torch.inference_mode():
@@ -160,6 +174,7 @@ def _measure(job: Mapping) -> dict:
         "decode": median(decode),
         "decode_stderr": stdev(decode) / len(decode) ** 0.5,
         "joules": median(joules) if joules else None,
+        "n": len(prefill),
     }
 
 
@@ -200,6 +215,64 @@ def _to_int8(model: "torch.nn.Module") -> int:
                 bits = 1 if tensor.dtype == torch.qint8 else 2  # the rest would be stored in bfloat16
                 tensors[name, tensor.data_ptr() if not tensor.is_quantized else 0] = tensor.numel() * bits
     return sum(tensors.values())
+
+
+def _shrink_experts(model: "torch.nn.Module", shrink: Callable, share: float) -> int:
+    """Put every matrix of the experts in a smaller form, in place; return the bytes saved in a file."""
+    from moeits.families import moe_layers
+    from moeits.unstack import ExpertList, replace_experts
+
+    saved = 0
+    for layer in moe_layers(model):
+        experts = ExpertList(layer).requires_grad_(False)
+        for expert in experts.experts:
+            for name, whole in list(expert.named_children()):
+                form, numbers = shrink(whole.weight, share)
+                setattr(expert, name, form)
+                saved += int((whole.weight.numel() - numbers) * whole.weight.element_size())
+        replace_experts(model, layer, experts)
+        layer.experts.to("meta")
+    return saved
+
+
+def _sparse(weight: "torch.Tensor", share: float) -> "tuple[torch.nn.Module, float]":
+    """Keep the largest weights of every row, in compressed rows; a mask of a bit per weight is counted."""
+    import warnings
+
+    import torch
+
+    from moeits.criteria.compression import BITS, sparse
+
+    class Rows(torch.nn.Module):
+        def __init__(self, rows: torch.Tensor) -> None:
+            super().__init__()
+            self.rows = rows
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.rows @ x.float().T).T.to(x.dtype)
+
+    dense = weight.float().cpu().numpy()
+    left = torch.from_numpy(sparse(dense, np.ones(dense.shape[1]), max(share - 1 / BITS, 0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its sparse matrices a beta
+        rows = left.to(weight.device).to_sparse_csr()
+    return Rows(rows), left.count_nonzero().item() + weight.numel() / BITS
+
+
+def _low_rank(weight: "torch.Tensor", share: float) -> "tuple[torch.nn.Module, float]":
+    """Write a matrix as the product of two, of the rank that leaves this share of its numbers."""
+    import torch
+
+    rows, columns = weight.shape
+    rank = max(int(share * rows * columns / (rows + columns)), 1)
+    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+    factors = right[:rank], left[:, :rank] * values[:rank]
+    maps = [
+        torch.nn.Linear(factor.shape[1], factor.shape[0], bias=False, device="meta") for factor in factors
+    ]
+    for linear, factor in zip(maps, factors, strict=True):
+        linear.weight = torch.nn.Parameter(factor.to(weight.dtype).contiguous(), requires_grad=False)
+    return torch.nn.Sequential(*maps), rank * (rows + columns)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from moeits.criteria.base import Change, Choose, Layer, Score, Spread, across_la
 # What the modules of criteria import from elsewhere in the package.
 _IMPORTS = {
     "criteria/clusters": ("nmi",),
-    "criteria/controls": ("criteria/reconstruction",),
+    "criteria/compression": ("criteria/clusters",),
     "criteria/information": ("nmi", "selection"),
     "criteria/recombination": ("criteria/router",),
 }
@@ -49,6 +49,8 @@ class Criterion:
         Whether it reads statistics of calibration text.
     needs_probe : bool
         Whether it reads statistics of random tokens.
+    needs_loss : bool
+        Whether it asks the model for its loss, once for each subset of a layer's experts.
     score : callable, optional
         Layer -> importance of its experts (E,); those with the largest stay.
     choose : callable, optional
@@ -65,6 +67,7 @@ class Criterion:
     simplified: str = ""
     needs_calibration: bool = True
     needs_probe: bool = False
+    needs_loss: bool = False
     score: Score | None = None
     choose: Choose | None = None
     change: Callable[[Layer, int], Change] | None = None
@@ -83,8 +86,11 @@ class Criterion:
             for part in (self.score, self.choose, self.change, self.spread)
             if part is not None
         }
-        needed = {module for name in own for module in _IMPORTS.get(name, ())}
-        return sorted({"criteria/base", *own, *needed})
+        found, new = {"criteria/base"}, own
+        while new:
+            found |= new
+            new = {module for name in new for module in _IMPORTS.get(name, ())} - found
+        return sorted(found)
 
     @property
     def functions(self) -> list[object]:
@@ -324,9 +330,10 @@ CRITERIA: dict[str, Criterion] = {
     "oracle": Criterion(
         "Oracle",
         "",
-        "Keep the subset with the least error of the layer's output on sampled tokens, of all "
-        "subsets there are.",
-        "The loss is that of the layer, not of the model; only where a layer has few enough subsets.",
+        "Keep the subset with the least loss of the model on calibration text, of all subsets of a layer, "
+        "while every other layer is whole.",
+        f"Where a layer has at most {controls.SUBSETS} subsets, and on a few layers alone.",
+        needs_loss=True,
         choose=controls.oracle,
     ),
     **_RANKED,
@@ -370,9 +377,18 @@ CRITERIA: dict[str, Criterion] = {
         "lee2025stun",
         "Group experts by similar router rows and co-activation, and keep of each group the one "
         "nearest to its mean.",
-        "The two similarities count equally, and groups are made by average linkage for an exact number; the "
-        "unstructured second stage and the reconstruction of small groups are left out.",
+        "The two similarities count equally, and groups are made by average linkage for an exact number; no "
+        "reconstruction of small groups.",
         choose=clusters.stun,
+    ),
+    "stun-sparse": Criterion(
+        "STUN, both stages",
+        "lee2025stun",
+        "Remove half of what must go as experts, as above, then zero in every row of the others the weights "
+        "with the least magnitude times norm of the input.",
+        "As above; the norms are weighted by the router, every layer is thinned alike, and the mask counts "
+        "as a bit per weight.",
+        change=compression.stun_sparse,
     ),
     "dern": Criterion(
         "DERN",

@@ -132,6 +132,9 @@ class Layer:
         Of calibration text.
     probe : Statistics, optional
         Of random tokens.
+    loss : callable, optional
+        Kept experts -> the model's loss on calibration text, in nats per token, when this layer has only
+        them and every other layer is whole.
     seed : int
         Of random choices.
     memory : dict
@@ -145,6 +148,7 @@ class Layer:
     minimum: int = 1
     calibration: Statistics | None = None
     probe: Statistics | None = None
+    loss: Callable[[Sequence[int]], float] | None = None
     seed: int = 0
     memory: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 

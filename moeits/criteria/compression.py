@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from moeits.criteria.base import Change, Layer
+from moeits.criteria.clusters import stun
 
 BITS = 16
 """Bits of a weight before."""
@@ -56,12 +57,30 @@ def moe_pruner(layer: Layer, n_keep: int) -> Change:
     ----------
     doi:10.48550/arXiv.2410.12013, after Wanda, doi:10.48550/arXiv.2306.11695.
     """
-    share = max(n_keep / layer.experts - 1 / BITS, 0)  # the mask takes a bit of each weight
-    sizes = _by_expert(layer)
-    block = {name: sparse(part, sizes[name], share) for name, part in layer.weights.items()}
-    left = sum(np.count_nonzero(part) for part in block.values())
-    total = sum(part.size for part in block.values())
-    return Change(block, tuple(range(layer.experts)), (left + total / BITS) / total)
+    return _thinned(layer, tuple(range(layer.experts)), n_keep)
+
+
+def stun_sparse(layer: Layer, n_keep: int) -> Change:
+    """Remove half of what must go as whole experts, the rest as single weights of the experts that stay.
+
+    References
+    ----------
+    doi:10.48550/arXiv.2409.06211.
+    """
+    return _thinned(layer, stun(layer, (layer.experts + n_keep + 1) // 2), n_keep)
+
+
+def _thinned(layer: Layer, kept: tuple[int, ...], n_keep: int) -> Change:
+    """Thin the experts that stay to the bytes of `n_keep` of them."""
+    block, sizes, ids = layer.weights, _by_expert(layer), list(kept)
+    if len(ids) == n_keep:
+        return Change(block, kept, n_keep / layer.experts)
+    share = max(n_keep / len(ids) - 1 / BITS, 0)  # the mask takes a bit of each weight
+    for name, part in block.items():
+        part[ids] = sparse(part[ids], sizes[name][ids], share)
+    left = sum(np.count_nonzero(part[ids]) for part in block.values())
+    mask = sum(part[ids].size for part in block.values()) / BITS
+    return Change(block, kept, float((left + mask) / sum(part.size for part in block.values())))
 
 
 def quantise(weights: np.ndarray, bits: int) -> np.ndarray:

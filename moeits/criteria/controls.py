@@ -1,11 +1,14 @@
 """What any criterion must beat, and what none can: random experts, the first ones, the best subset."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 
 from moeits.criteria.base import Layer
-from moeits.criteria.reconstruction import SUBSETS, best_of_all_subsets
+
+SUBSETS = 100
+"""Subsets of a layer's experts up to which the oracle tries them: each is a pass of the whole model."""
 
 
 def random(layer: Layer, n_keep: int) -> tuple[int, ...]:
@@ -19,18 +22,31 @@ def first(layer: Layer) -> np.ndarray:
     return -np.arange(layer.experts, dtype=float)
 
 
-def oracle(layer: Layer, n_keep: int) -> tuple[int, ...]:
-    """Best subset of all by the error of the layer's output.
+def subsets(layer: Layer, n_keep: int) -> list[tuple[int, ...]]:
+    """List all subsets of `n_keep` experts in lexicographic order.
 
     Raises
     ------
     ValueError
-        If there are too many subsets.
+        If there are more than :data:`SUBSETS`.
     """
-    subsets = math.comb(layer.experts, n_keep)
-    if subsets > SUBSETS:
+    count = math.comb(layer.experts, n_keep)
+    if count > SUBSETS:
         raise ValueError(
-            f"layer {layer.number}: {subsets:,} subsets of {n_keep} of {layer.experts} experts are too many "
+            f"layer {layer.number}: {count:,} subsets of {n_keep} of {layer.experts} experts are too many "
             f"to try (at most {SUBSETS:,}): the oracle is for small layers"
         )
-    return best_of_all_subsets(layer, n_keep)
+    return list(combinations(range(layer.experts), n_keep))
+
+
+def oracle(layer: Layer, n_keep: int) -> tuple[int, ...]:
+    """Best subset of all by the loss of the model; of equally good ones, the first.
+
+    Raises
+    ------
+    ValueError
+        If there are too many subsets, or nobody gave the layer the model's loss.
+    """
+    if layer.loss is None:
+        raise ValueError(f"layer {layer.number}: the oracle needs the loss of the model")
+    return min(subsets(layer, n_keep), key=layer.loss)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny import tiny_model, tokens
 from moeits import comparison, criteria, evaluation, pipeline, profiles, records
 from moeits.cli import main
 from moeits.comparison import Comparison, chance_jaccard, jaccard, overlaps, paired, table
+from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
 from moeits.families import moe_layers
 from moeits.refit import refit_model
@@ -118,12 +120,128 @@ def test_the_own_budget_is_moeits_at_its_tau(compared):
 
 
 def test_what_is_impossible_is_recorded_with_its_reason(compared, monkeypatch):
-    monkeypatch.setattr("moeits.criteria.controls.SUBSETS", 10)
-    cell = compared.cell("oracle", 0.5)
+    monkeypatch.setattr("moeits.criteria.compression.CODES", (15,))
+    cell = compared.cell("mc-moe", 0.5)
     assert cell.rows == []
-    assert "70 subsets of 4 of 8 experts are too many" in cell.details["impossible"]
+    assert "below the" in cell.details["impossible"]
     shown = table([cell])
-    assert "too many" in shown.impossible[0]
+    assert "coarsest codes" in shown.impossible[0]
+
+
+def test_the_oracle_tries_every_subset_by_the_models_loss(compared, folder, monkeypatch):
+    calibration = tokens(seed=1, batch=4, length=20)
+    oracle = compared.oracle()
+    layers = oracle.details["layers"]
+    known = compared.statistics("calibration")
+    for number, layer in layers.items():
+        kept = [tuple(ids) for ids in layer["kept"]]
+        assert kept == list(combinations(range(8), 4))
+        for at in (0, 33):
+            pruned = prune_model(load_model(folder, dtype=torch.float32), {int(number): kept[at]})
+            expected = math.log(evaluation.perplexity(pruned, calibration)["value"])
+            assert np.mean(layer["nats"][at]) == pytest.approx(expected, abs=1e-5)
+        seen = replace(compared._layers[int(number)], calibration=known[int(number)])
+        assert layer["error"][33] == pytest.approx(subset_error(seen, kept[33]))
+    best = {row["task"]: row["value"] for row in oracle.rows if row["variant"] == "best"}
+    assert best == {
+        f"layer {number}": pytest.approx(np.mean(layer["nats"], axis=1).min(), abs=1e-6)
+        for number, layer in layers.items()
+    }
+    assert compared.oracle_found() == oracle
+    monkeypatch.setattr("moeits.criteria.controls.SUBSETS", 69)
+    assert "70 subsets of 4 of 8" in compared._try_subsets()[1]["impossible"]
+
+
+def test_methods_are_ranked_among_all_subsets():
+    sets = [[0], [1], [2]]
+    nats = [[3.0, 3.2], [1.0, 1.0], [2.0, 2.4]]
+    inputs = {"model": "tiny"}
+    oracle = records.Record(
+        "oracle", inputs, [], {"layers": {"4": {"kept": sets, "nats": nats, "error": [0.2, 0.3, 0.1]}}}
+    )
+    cells = [
+        records.Record(
+            "rival",
+            inputs | {"method": method, "budget": budget},
+            [],
+            {"kept": {"4": ids}, "experts": {"4": 3}},
+        )
+        for method, budget, ids in [
+            ("reap", 0.5, [0]),
+            ("lu", 0.5, [1]),
+            ("frequency", 0.25, [2]),
+            ("first", 0.5, [0, 1]),
+            ("dern", 0.5, [2]),
+        ]
+    ]
+    ranks = comparison.oracle_table([oracle], cells).set_index("method")
+    assert ranks["rank"].to_dict() == {"layer error": 2, "reap": 3, "lu": 1}
+    assert ranks.loss["reap"] == pytest.approx(2.1)
+    assert ranks.stderr["reap"] == pytest.approx(0.1)
+
+
+def test_the_oracle_chooses_from_a_folder(folder, monkeypatch):
+    calibration = tokens(seed=1, batch=2, length=12).numpy()
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
+    monkeypatch.setattr("moeits.corpus.blocks", lambda *_, **__: calibration)
+    kept = comparison.select_from_folder(folder, "oracle", n_keep=7)
+    losses = {}
+    for ids in combinations(range(8), 7):
+        pruned = prune_model(load_model(folder), {1: ids})
+        losses[ids] = evaluation.log_losses(pruned, calibration).sum()
+    assert kept.layers[1] == min(losses, key=losses.get)
+
+
+def speed(form, share, reading, error=1.0):
+    rows = [{"metric": metric, "value": reading, "stderr": error} for metric in ("prefill", "decode")]
+    return records.Record("speed", {"model": "tiny", "form": form, "share": share}, rows, {})
+
+
+def test_what_methods_leave_is_set_beside_experts_removed_at_equal_speed():
+    speeds = [speed("whole", 1.0, 100), speed("pruned", 0.5, 120), speed("pruned", 0.25, 140)]
+    speeds += [speed("int8", 0.5, 117.5), speed("sparse", 0.5, 50), speed("low-rank", 0.5, 150)]
+    cells = [
+        records.Record(
+            "rival",
+            {"model": "tiny", "method": method, "budget": 0.5},
+            [{"metric": "bits per byte", "value": bits, "stderr": 0.1}],
+            {},
+        )
+        for method, bits in [("mc-moe", 1.5), ("moe-pruner", 1.25), ("reap", 2.0)]
+    ]
+    found = comparison.speed_table(speeds, cells).set_index(["method", "share"])
+    fast = found["as fast"]
+    assert fast["mc-moe", 0.5] == 0.5
+    assert fast["moe-pruner", 0.5] == fast["whole", 1.0] == 1.0
+    assert math.isnan(fast["moe-i2-low-rank", 0.5])
+    assert math.isnan(fast["reap", 0.5])
+    assert found["bits per byte"]["reap", 0.5] == 2.0
+    assert math.isnan(found["bits per byte"]["reap", 0.25])
+
+
+def test_forms_are_timed_with_the_bytes_they_are_asked_for(compared, monkeypatch):
+    asked = []
+
+    def costs(_, kept, **options):
+        asked.append((options["variants"], options["share"], {n: list(ids) for n, ids in kept.items()}))
+        found = {"prefill": 9.0, "prefill_stderr": 1.0, "decode": 3.0, "decode_stderr": 0.5}
+        return [found | {"n": 5, "memory_bytes": 7}]
+
+    monkeypatch.setattr(comparison.green, "compare_costs", costs)
+    profile = compared.profile.model_copy(update={"green": ["tiny"]})
+    labels = []
+    for step in comparison.speed_steps(profile, ["tiny", "other"]):
+        labels.append(step.label)
+        step.do()
+    assert labels[0] == "tiny: speed of whole, 100%"
+    assert len(asked) == len(labels) == 11
+    assert (["sparse"], 0.25, {1: [0, 1], 2: [0, 1]}) in asked
+    found = Comparison(profile, "tiny").speeds_found()
+    assert {row["metric"]: row["value"] for row in found[0].rows} == {
+        "prefill": 9.0,
+        "decode": 3.0,
+        "memory": 7,
+    }
 
 
 def test_the_table_pairs_every_method_with_moeits(compared):

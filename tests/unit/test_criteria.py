@@ -235,20 +235,26 @@ def test_an_expert_that_does_what_the_others_do_is_not_missed():
     outputs = np.random.default_rng(4).standard_normal((TOKENS, 1, WIDTH)) * np.array([1, 1, 1, 0])[:, None]
     outputs[:, 3] = np.random.default_rng(5).standard_normal((TOKENS, WIDTH)) * 10
     layer = make_layer(outputs=outputs)
-    for name in ("lu", "oracle"):
-        assert 3 in criteria.select(name, {0: layer}, n_keep=2)[0]
+    assert 3 in criteria.select("lu", {0: layer}, n_keep=2)[0]
 
 
-def test_the_oracle_has_the_least_error_of_all_subsets():
+def test_lu_has_the_least_error_of_all_subsets():
     layer = make_layer(6, seed=7)
-    kept = criteria.select("oracle", {0: layer}, n_keep=3)[0]
+    kept = criteria.select("lu", {0: layer}, n_keep=3)[0]
     errors = {ids: reconstruction.subset_error(layer, ids) for ids in combinations(range(6), 3)}
     assert errors[kept] == min(errors.values())
 
 
+def test_the_oracle_has_the_least_loss_of_all_subsets():
+    layer = dataclasses.replace(make_layer(6), loss=lambda kept: abs(sum(kept) - 10))
+    assert criteria.select("oracle", {0: layer}, n_keep=3)[0] == (1, 4, 5)
+    with pytest.raises(ValueError, match="layer 0: the oracle needs the loss of the model"):
+        criteria.select("oracle", {0: make_layer()}, n_keep=2)
+
+
 def test_the_oracle_refuses_layers_with_too_many_subsets():
     with pytest.raises(ValueError, match="2,704,156 subsets of 12 of 24 experts are too many"):
-        criteria.select("oracle", {0: make_layer(24)}, n_keep=12)
+        criteria.select("oracle", {0: dataclasses.replace(make_layer(24), loss=len)}, n_keep=12)
 
 
 def test_greedy_removal_is_the_best_single_step_each_time(monkeypatch):
@@ -374,6 +380,33 @@ def test_moe_pruner_counts_the_mask_in_its_budget():
     zeros = np.mean([np.mean(part == 0) for part in change.block.values()])
     assert zeros == pytest.approx((6 / 9 + 6 / 9 + 5 / 7) / 3)
     assert change.stored == pytest.approx(1 - zeros + 1 / 16)
+    whole = criteria.CRITERIA["moe-pruner"].apply(make_layer(5), 5)
+    assert whole.stored == 1
+    assert all((whole.block[name] == part).all() for name, part in make_layer(5).weights.items())
+
+
+def test_stun_removes_experts_first_and_then_weights():
+    layer = make_layer(6)
+    change = criteria.CRITERIA["stun-sparse"].apply(layer, 3)
+    assert change.kept == criteria.select("stun", {0: layer}, n_keep=5)[0]  # 1.5 of 3 go as experts
+    share = 3 / 5 - 1 / 16
+    left = {
+        "gate": int(WIDTH * share + 0.5),
+        "up": int(WIDTH * share + 0.5),
+        "down": int(NEURONS * share + 0.5),
+    }
+    for name, part in change.block.items():
+        counts = np.count_nonzero(part[list(change.kept)], axis=2)
+        assert (counts == left[name]).all()
+    size = 2 * left["gate"] / WIDTH + left["down"] / NEURONS
+    assert change.stored == pytest.approx((size / 3 + 1 / 16) * 5 / 6)
+
+
+def test_equal_router_weights_are_even():
+    assert criteria.router.evenness(np.array([[0.5, 0.5, 0], [0, 0.2, 0.2]])) == pytest.approx(1)
+    assert criteria.router.evenness(np.array([[0.25, 0.75, 0]])) == pytest.approx(
+        math.exp(0.25 * math.log(4) + 0.75 * math.log(4 / 3)) / 2
+    )
 
 
 @given(arrays(float, (2, 3, 9), elements=st.floats(-100, 100)), st.integers(1, 8))
@@ -472,7 +505,7 @@ def test_the_uniform_form_keeps_the_same_share_of_every_layer():
 def test_every_criterion_keeps_to_the_interface(name):
     entry = criteria.CRITERIA[name]
     layer = make_layer(6)
-    layer = dataclasses.replace(layer, probe=layer.calibration)
+    layer = dataclasses.replace(layer, probe=layer.calibration, loss=len)
     if entry.quoted_only:
         assert "not give" in entry.simplified
         with pytest.raises(ValueError, match="is only quoted"):
@@ -501,7 +534,7 @@ def test_a_criterion_says_whether_it_needs_calibration(name):
     if entry.quoted_only:
         return
     if entry.needs_calibration:
-        with pytest.raises(ValueError, match="needs statistics of calibration text"):
+        with pytest.raises(ValueError, match=r"needs (statistics of calibration text|the loss of the model)"):
             (entry.apply if entry.change else entry.keep)(layer, 3)
     else:
         assert (entry.apply if entry.change else entry.keep)(layer, 3)

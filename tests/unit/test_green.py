@@ -1,9 +1,10 @@
 """What a model costs, before and after pruning."""
 
 import pytest
+import torch
 from tiny import EXPERTS, HIDDEN, NEURONS, TOP_K, VOCABULARY, tiny_model
 
-from moeits.green import VARIANTS, compare_costs, multiply_adds
+from moeits.green import VARIANTS, _low_rank, _sparse, compare_costs, multiply_adds
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,46 @@ def test_multiply_adds_by_hand():
     layer = attention + HIDDEN * EXPERTS + TOP_K * 3 * HIDDEN * NEURONS
     norms = (2 * 3 + 1) * HIDDEN
     assert multiply_adds(model) == 3 * layer + HIDDEN * VOCABULARY + norms
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A model, and the file sizes, memory and logits of its forms."""
+    folder = tmp_path_factory.mktemp("forms") / "model"
+    tiny_model("mixtral").save_pretrained(folder)
+    found = compare_costs(
+        folder, {}, variants=["sparse", "low-rank"], share=0.5, prompt=16, new=2, repeats=2, dtype="float32"
+    )
+    return folder, {entry["variant"]: entry for entry in found}
+
+
+def test_forms_of_fewer_bytes_are_counted_as_they_would_be_stored(experts):
+    folder, found = experts
+    whole = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    matrices = 3 * EXPERTS * 3
+    for name, entry in found.items():
+        assert entry["prefill"] > 0
+        saved = (whole - entry["file_bytes"]) / (matrices * HIDDEN * NEURONS * 4)
+        assert saved == pytest.approx(0.5, abs=0.05), name
+
+
+@pytest.mark.parametrize("shrink", [_sparse, _low_rank])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_smaller_matrix_computes_what_its_numbers_say(shrink, dtype):
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 16).to(dtype), torch.randn(5, 16).to(dtype)
+    form, numbers = shrink(weight, 0.5)
+    dense = form(torch.eye(16).to(dtype)).T.float()
+    assert torch.allclose(form(x).float(), x.float() @ dense.T, atol=1e-4 if dtype is torch.float32 else 0.1)
+    assert numbers <= 0.5 * weight.numel() + 1
+    if shrink is _sparse:
+        largest = weight.float().abs().argsort(dim=1)[:, 9:]  # a sixteenth goes to the mask
+        assert torch.equal(dense, weight.float() * torch.zeros(12, 16).scatter(1, largest, 1))
+    else:
+        rank = numbers // (12 + 16)
+        left, values, right = torch.linalg.svd(weight.float())
+        best = left[:, :rank] * values[:rank] @ right[:rank]
+        assert torch.allclose(dense, best, atol=1e-4 if dtype is torch.float32 else 0.1)
 
 
 def test_a_failed_measurement_says_why(tmp_path):
