@@ -242,6 +242,7 @@ def rivals(
     What is measured is remembered.
     """
     from moeits import comparison, criteria, evaluation, pipeline, profiles
+    from moeits import rivals as tables
 
     settings = profiles.load(profile)
     everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
@@ -262,10 +263,10 @@ def rivals(
     speeds = [] if methods else pipeline.do(comparison.speed_steps(settings, models), say=click.echo)
     oracles = [comparison.Comparison(settings, name).oracle_found() for name in models]
     for shown in (
-        comparison.table(cells),
-        comparison.finals_table(finals),
-        comparison.oracle_table([oracle for oracle in oracles if oracle], cells),
-        comparison.speed_table(speeds, cells),
+        tables.table(cells),
+        tables.finals_table(finals),
+        tables.oracle_table([oracle for oracle in oracles if oracle], cells),
+        tables.speed_table(speeds, cells),
     ):
         if len(shown):
             plain = evaluation.plain(shown.drop(columns="record", errors="ignore")).fillna("")

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from moeits import criteria, devices, evaluation, green, records
 from moeits.criteria.controls import subsets
@@ -249,6 +248,14 @@ class Comparison:
             lambda: self._time(form, share),
             provenance=self._place,
         )
+
+    def statistics_found(self) -> list[Record]:
+        """Find the passes over texts that were made before, as the settings are now."""
+        return [
+            self.statistics_record(text)
+            for text in ("calibration", "random")
+            if records.exists(self.study.records, "statistics", self._statistics_inputs(text))
+        ]
 
     def speeds_found(self) -> list[Record]:
         """Find the forms that were timed before, as the settings are now."""
@@ -774,7 +781,7 @@ def finalists(cells: Iterable[Record]) -> dict[str, list[str]]:
     """
     quality: dict[str, dict[str, float]] = {}
     for cell in cells:
-        if cell.rows and cell.inputs["budget"] == FINAL and _removes(cell):
+        if cell.rows and cell.inputs["budget"] == FINAL and removes(cell):
             (bits,) = (row["value"] for row in cell.rows if row["metric"] == "bits per byte")
             quality.setdefault(cell.inputs["model"], {})[cell.inputs["method"]] = bits
     return {
@@ -809,264 +816,10 @@ def final_steps(
             )
 
 
-def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
-    """Tabulate finals, each paired with MoEITS healed in the same way.
-
-    Parameters
-    ----------
-    finals : iterable of Record
-        From :meth:`Comparison.final`.
-
-    Returns
-    -------
-    DataFrame
-        model, method, way (None as pruned), bits per byte and acc (mean over the benchmarks) with their
-        stderr, their difference to MoEITS with its own error, questions, and flips: those that one of the
-        two answers rightly and the other does not.
-    """
-    finals = list(finals)
-    by_key = {(final.inputs["model"], final.inputs["method"], final.inputs["way"]): final for final in finals}
-    lines = []
-    for (model, method, way), final in by_key.items():
-        line = {"model": model, "method": method, "way": way, "record": final.id}
-        for row in final.rows:
-            if row["metric"] == "bits per byte" and row["task"] == "heldout":
-                line |= {"bits per byte": row["value"], "stderr": row["stderr"]}
-            if row["task"] == evaluation.MEAN and row["variant"] == "acc":
-                line |= {"acc": row["value"], "acc stderr": row["stderr"], "questions": row["n"]}
-        other = by_key.get((model, REFERENCE, way))
-        if other is not None and method != REFERENCE:
-            line["difference"], line["difference stderr"] = paired(final, other)
-            items = [pd.DataFrame(record.details["items"]) for record in (other, final)]
-            both = evaluation.compare(*items).set_index(["task", "variant"]).loc[evaluation.MEAN, "acc"]
-            line |= {"acc difference": both.difference, "acc difference stderr": both.stderr}
-            line["flips"] = both.flips
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def table(cells: Iterable[Record]) -> pd.DataFrame:
-    """Tabulate cells, each paired with MoEITS at the same budget, block by block.
-
-    Parameters
-    ----------
-    cells : iterable of Record
-        From :meth:`Comparison.cell`.
-
-    Returns
-    -------
-    DataFrame
-        One row per cell: model, method, budget, stored (share of the routed experts' bytes), bits per byte
-        with stderr, difference to MoEITS with its own stderr, perplexity, seconds and memory of the
-        selection, calibration tokens, impossible (why there is no number).
-    """
-    cells = list(cells)
-    by_key = {
-        (cell.inputs["model"], cell.inputs["method"], label(cell.inputs["budget"])): cell for cell in cells
-    }
-    lines = []
-    for (model, method, budget), cell in by_key.items():
-        line = {"model": model, "method": method, "budget": budget, "record": cell.id}
-        line["impossible"] = cell.details.get("impossible")
-        values = {row["metric"]: row for row in cell.rows}
-        if values:
-            line |= {
-                "stored": values["perplexity"]["kept_share"],
-                "bits per byte": values["bits per byte"]["value"],
-                "stderr": values["bits per byte"]["stderr"],
-                "perplexity": values["perplexity"]["value"],
-            }
-            for metric in ("selection seconds", "selection memory", "calibration tokens"):
-                line[metric] = values[metric]["value"] if metric in values else None
-            other = by_key.get((model, REFERENCE, budget))
-            if other is not None and other.rows and method != REFERENCE:
-                line["difference"], line["difference stderr"] = paired(cell, other)
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def paired(cell: Record, other: Record) -> tuple[float, float]:
-    """Difference of two cells in bits per byte, and its standard error over the blocks of the same text."""
-    if cell.details["bytes"] != other.details["bytes"]:
-        raise ValueError("the two cells were not measured on the same text")
-    bits = (np.array(cell.details["nats"]) - np.array(other.details["nats"])) / math.log(2)
-    return evaluation.ratio(bits, cell.details["bytes"])
-
-
-def oracle_table(oracles: Iterable[Record], cells: Iterable[Record]) -> pd.DataFrame:
-    """Rank methods among all subsets of a layer's experts by the model's loss.
-
-    Parameters
-    ----------
-    oracles : iterable of Record
-        From :meth:`Comparison.oracle`.
-    cells : iterable of Record
-        From :meth:`Comparison.cell`; those that keep half of a layer's experts, and change no weight, count.
-
-    Returns
-    -------
-    DataFrame
-        model, layer, method, rank (1 is the best subset), subsets (their number), loss (nats per token) less
-        that of the best subset, and its stderr over the blocks of text. "layer error" is the subset whose
-        layer output is nearest to the whole layer's.
-    """
-    cells, lines = list(cells), []
-    for record in oracles:
-        for number, layer in record.details.get("layers", {}).items():
-            nats, found = np.array(layer["nats"]), [tuple(kept) for kept in layer["kept"]]
-            means = nats.mean(axis=1)
-            chosen = {"layer error": found[int(np.argmin(layer["error"]))]}
-            for cell in cells:
-                if cell.inputs["model"] == record.inputs["model"] and cell.inputs["budget"] == FINAL:
-                    kept = tuple((cell.details.get("kept") or {}).get(number, ()))
-                    if _removes(cell) and criteria.criterion(cell.inputs["method"].split()[0]).change is None:
-                        chosen[cell.inputs["method"]] = kept
-            for method, kept in chosen.items():
-                if kept in found:
-                    at = found.index(kept)
-                    off = nats[at] - nats[means.argmin()]
-                    lines.append(
-                        {
-                            "model": record.inputs["model"],
-                            "layer": int(number),
-                            "method": method,
-                            "rank": int((means < means[at]).sum()) + 1,
-                            "subsets": len(found),
-                            "loss": off.mean(),
-                            "stderr": off.std(ddof=1) / math.sqrt(len(off)),
-                        }
-                    )
-    return pd.DataFrame(lines)
-
-
-def speed_table(speeds: Iterable[Record], cells: Iterable[Record]) -> pd.DataFrame:
-    """Set what methods leave beside removed experts at equal measured speed.
-
-    Parameters
-    ----------
-    speeds : iterable of Record
-        From :meth:`Comparison.speed`.
-    cells : iterable of Record
-        From :meth:`Comparison.cell`.
-
-    Returns
-    -------
-    DataFrame
-        model, form, share (of the routed experts' bytes), method (that leaves this form); reading, writing
-        (tokens per second) with their stderr; bits per byte with its stderr; and, for the whole model and
-        methods that change weights, ``as fast``: the largest share of experts with which a model with fewer
-        experts, or the whole one, reads no slower (within two joint standard errors).
-    """
-    by_cell = {
-        (cell.inputs["model"], cell.inputs["method"], cell.inputs["budget"]): cell
-        for cell in cells
-        if cell.rows
-    }
-    timed = [
-        {
-            **{key: speed.inputs[key] for key in ("model", "form", "share")},
-            **{
-                name: row[part]
-                for row in speed.rows
-                for metric, label in (("prefill", "reading"), ("decode", "writing"))
-                for part, name in (("value", label), ("stderr", f"{label} stderr"))
-                if row["metric"] == metric
-            },
-        }
-        for speed in speeds
-    ]
-    lines = []
-    for line in timed:
-        rivals = [
-            other
-            for other in timed
-            if other["model"] == line["model"]
-            and other["form"] in ("whole", "pruned")
-            and other["reading"]
-            >= line["reading"] - 2 * math.hypot(other["reading stderr"], line["reading stderr"])
-        ]
-        fast = max((other["share"] for other in rivals), default=None)
-        for method in FORMATS[line["form"]]:
-            cell = by_cell.get((line["model"], method, line["share"]))
-            bits = next((row for row in cell.rows if row["metric"] == "bits per byte"), {}) if cell else {}
-            lines.append(
-                line
-                | {"method": method, "as fast": None if line["form"] == "pruned" else fast}
-                | {"bits per byte": bits.get("value"), "stderr": bits.get("stderr")}
-            )
-    return pd.DataFrame(lines)
-
-
-def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
-    """Compare which experts the methods keep, in pairs, at the same model and budget.
-
-    Parameters
-    ----------
-    cells : iterable of Record
-        From :meth:`Comparison.cell`; those that remove no expert are left out.
-
-    Returns
-    -------
-    DataFrame
-        model, budget, first, second, jaccard (mean over layers), chance (of random sets).
-    """
-    sets: dict[tuple[str, str], dict[str, Record]] = {}
-    for cell in cells:
-        if _removes(cell):
-            sets.setdefault((cell.inputs["model"], label(cell.inputs["budget"])), {})[
-                cell.inputs["method"]
-            ] = cell
-    lines = []
-    for (model, budget), members in sets.items():
-        for (first, a), (second, b) in combinations(members.items(), 2):
-            mine, theirs, experts = a.details["kept"], b.details["kept"], a.details["experts"]
-            lines.append(
-                {
-                    "model": model,
-                    "budget": budget,
-                    "first": first,
-                    "second": second,
-                    "jaccard": float(np.mean([jaccard(mine[layer], theirs[layer]) for layer in mine])),
-                    "chance": float(
-                        np.mean(
-                            [
-                                chance_jaccard(len(mine[layer]), len(theirs[layer]), experts[layer])
-                                for layer in mine
-                            ]
-                        )
-                    ),
-                }
-            )
-    return pd.DataFrame(lines)
-
-
-def _removes(cell: Record) -> bool:
-    """Whether a cell's model has fewer experts than the whole one."""
+def removes(cell: Record) -> bool:
+    """Say whether a cell's model has fewer experts than the whole one."""
     kept = cell.details.get("kept") or {}
     return any(len(ids) < cell.details["experts"][layer] for layer, ids in kept.items())
-
-
-def jaccard(first: Sequence[int], second: Sequence[int]) -> float:
-    """Experts in both sets over experts in either."""
-    return len(set(first) & set(second)) / len(set(first) | set(second))
-
-
-def chance_jaccard(first: int, second: int, experts: int) -> float:
-    """Mean Jaccard overlap of two independent random sets of given sizes out of `experts`.
-
-    The number in both is hypergeometric.
-    """
-    total = math.comb(experts, second)
-    return (
-        sum(
-            both
-            / (first + second - both)
-            * math.comb(first, both)
-            * math.comb(experts - first, second - both)
-            for both in range(max(0, first + second - experts), min(first, second) + 1)
-        )
-        / total
-    )
 
 
 def _text(method: str) -> str | None:
@@ -1087,28 +840,3 @@ def _reset_peak() -> None:
     """Start the count of the largest resident memory anew, where the system can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def describe(names: Iterable[str] | Mapping[str, object] = criteria.CRITERIA) -> pd.DataFrame:
-    """Tabulate the methods: title, citation, definition, calibration, what is simplified."""
-    lines = []
-    for name in names:
-        entry = criteria.criterion(name)
-        lines.append(
-            {
-                "name": name,
-                "method": entry.title,
-                "citation": entry.citation,
-                "definition": entry.definition,
-                "calibration": entry.needs_calibration,
-                "simplified": entry.simplified,
-                "kind": (
-                    "quoted only"
-                    if entry.quoted_only
-                    else "changes weights"
-                    if entry.change
-                    else "keeps experts"
-                ),
-            }
-        )
-    return pd.DataFrame(lines)

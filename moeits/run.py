@@ -587,7 +587,8 @@ def _pages(profile: Profile, book: Path, figures: Path, student: bool) -> list[P
 # Pages that show whatever records of these steps there are, also what another command measured.
 _SHOWS_ALL = {
     "tau-ablation": ("scores", "healing"),
-    "rivals": ("rival", "final"),
+    "rivals": ("rival", "final", "speed"),
+    "beyond": ("rival", "final", "oracle"),
     "performance": ("bench-nmi", "bench-evaluation"),
     "own-machine": ("bench-standins",),
 }

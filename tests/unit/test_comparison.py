@@ -11,13 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model, tokens
 
-from moeits import comparison, criteria, evaluation, pipeline, profiles, records
+from moeits import comparison, criteria, evaluation, pipeline, profiles, records, rivals
 from moeits.cli import main
-from moeits.comparison import Comparison, chance_jaccard, jaccard, overlaps, paired, table
+from moeits.comparison import Comparison
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
 from moeits.families import moe_layers
 from moeits.refit import refit_model
+from moeits.rivals import (
+    chance_jaccard,
+    finals_table,
+    jaccard,
+    oracle_table,
+    overlaps,
+    paired,
+    speed_table,
+    table,
+)
 from moeits.selection import Kept
 from moeits.surgery import load_model, prune_model
 
@@ -174,7 +184,7 @@ def test_methods_are_ranked_among_all_subsets():
             ("dern", 0.5, [2]),
         ]
     ]
-    ranks = comparison.oracle_table([oracle], cells).set_index("method")
+    ranks = oracle_table([oracle], cells).set_index("method")
     assert ranks["rank"].to_dict() == {"layer error": 2, "reap": 3, "lu": 1}
     assert ranks.loss["reap"] == pytest.approx(2.1)
     assert ranks.stderr["reap"] == pytest.approx(0.1)
@@ -209,7 +219,7 @@ def test_what_methods_leave_is_set_beside_experts_removed_at_equal_speed():
         )
         for method, bits in [("mc-moe", 1.5), ("moe-pruner", 1.25), ("reap", 2.0)]
     ]
-    found = comparison.speed_table(speeds, cells).set_index(["method", "share"])
+    found = speed_table(speeds, cells).set_index(["method", "share"])
     fast = found["as fast"]
     assert fast["mc-moe", 0.5] == 0.5
     assert fast["moe-pruner", 0.5] == fast["whole", 1.0] == 1.0
@@ -307,13 +317,13 @@ def test_finals_are_paired_with_moeits_in_the_same_state(scored, monkeypatch):
     finals = [scored.final("moeits"), scored.final("whole")]
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: answers([False, True, True, True]))
     finals.append(scored.final("first"))
-    table = comparison.finals_table(finals).set_index("method")
-    assert table.flips["first"] == 2
-    assert table["acc difference"]["first"] == 0
-    assert table.difference["first"] == pytest.approx(
-        table["bits per byte"]["first"] - table["bits per byte"]["moeits"]
+    scores = finals_table(finals).set_index("method")
+    assert scores.flips["first"] == 2
+    assert scores["acc difference"]["first"] == 0
+    assert scores.difference["first"] == pytest.approx(
+        scores["bits per byte"]["first"] - scores["bits per byte"]["moeits"]
     )
-    assert table.difference.isna()["moeits"]
+    assert scores.difference.isna()["moeits"]
 
 
 def test_the_finalists_are_the_best_and_the_fixed_ones(compared):
@@ -331,6 +341,27 @@ def test_the_finalists_are_the_best_and_the_fixed_ones(compared):
     assert labels[0] == "tiny: whole, as it is, benchmarks"
     assert "tiny: random 0, refit, benchmarks" in labels
     assert len(labels) == 1 + 2 * len(found)
+
+
+def test_the_book_shows_the_larger_comparison(compared, monkeypatch, tmp_path):
+    monkeypatch.setattr(rivals, "DATA", tmp_path)
+    mine = [compared.cell(method, 0.5) for method in ("moeits", "first")]
+    laptop = compared.profile.model_copy(update={"name": "laptop"})
+    here = rivals.shown(laptop)
+    assert [cell.id for cell in here.cells] == [cell.id for cell in mine][::-1]
+    assert here.source == "The 2 measurements of this page were made on this machine."
+    other = mine[0].details | {"nats": [2 * value for value in mine[0].details["nats"]]}
+    for number, budget in enumerate((0.5, 0.25, 0.75)):
+        inputs = mine[0].inputs | {"budget": budget, "source": "another"}
+        details = other if number == 0 else mine[0].details
+        records.write(
+            tmp_path / "reference" / "laptop",
+            replace(mine[0], inputs=inputs, details=details),
+        )
+    there = rivals.shown(laptop)
+    assert {cell.inputs["source"] for cell in there.cells} == {"another"}
+    assert "has repeated 1 of them; the bits per byte differ by at most 100.0%" in there.source
+    assert there.finals == []
 
 
 def test_steps_are_the_profiles_or_those_asked_for(compared):
