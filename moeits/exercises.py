@@ -4,12 +4,13 @@ A check never raises, so a page with exercises that are not solved yet still run
 """
 
 from collections.abc import Callable, Iterator
-from math import isclose, log
+from math import inf, isclose, log
 
 import numpy as np
 
 from moeits import paper, planted
 from moeits.nmi import nmi, nmi_matrix
+from moeits.rivals import chance_jaccard
 from moeits.selection import select_experts, select_share
 
 Check = Callable[[Callable], Iterator[str]]
@@ -113,6 +114,41 @@ def _disguise(answer: Callable) -> Iterator[str]:
         yield f"The copy's NMI is {R[0, 1]:.3f}, that of unrelated experts {level:.3f}: it is seen."
 
 
+def _refit(answer: Callable) -> Iterator[str]:
+    rng = np.random.default_rng(0)
+    hidden, start = rng.standard_normal((40, 6)), rng.standard_normal((6, 3))
+    wanted = hidden @ rng.standard_normal((6, 3)) + rng.standard_normal((40, 3))
+    for penalty in (0.0, 5.0, 1e9):
+        # The same problem as one of plain least squares, with the penalty as rows of its own.
+        rows = np.concatenate([hidden, penalty**0.5 * np.eye(6)])
+        targets = np.concatenate([wanted, penalty**0.5 * start])
+        expected = np.linalg.lstsq(rows, targets, rcond=None)[0]
+        got = answer(hidden.copy(), wanted.copy(), start.copy(), penalty)
+        if np.shape(got) != (6, 3):
+            yield f"It gives {got}, expected is an array of the shape of start, (6, 3)."
+        elif not np.allclose(got, expected, rtol=1e-4, atol=1e-4):
+            off = np.abs(np.asarray(got) - expected).max()
+            yield f"With a penalty of {penalty:g} the largest difference to the best weights is {off:.3g}."
+
+
+def _overlap(answer: Callable) -> Iterator[str]:
+    for first, second, experts in ((2, 2, 4), (1, 3, 5), (4, 4, 8), (5, 5, 5)):
+        expected = chance_jaccard(first, second, experts)
+        if not _near(got := answer(first, second, experts), expected, 1e-6):
+            yield f"For sets of {first} and {second} of {experts} it gives {got}, expected is {expected:.6f}."
+
+
+def _payback(answer: Callable) -> Iterator[str]:
+    for seconds, before, after in ((10.0, 20.0, 25.0), (600.0, 100.0, 101.0)):
+        expected = seconds / (1 / before - 1 / after)
+        if not _near(got := answer(seconds, before, after), expected, 1e-6):
+            asked = f"{seconds:g} s, {before:g} and {after:g} tokens/s"
+            yield f"For {asked} it gives {got}, expected is {expected:g}."
+    for after in (20.0, 19.0):
+        if answer(10.0, 20.0, after) != inf:
+            yield f"From 20 to {after:g} tokens/s nothing is ever paid back: that is math.inf."
+
+
 def _lead(answer: Callable) -> Iterator[str]:
     for number in paper.TABLES:
         margins = paper.margins(number).set_index("method").lead_without_hellaswag
@@ -145,5 +181,8 @@ EXERCISES: dict[str, Check] = {
     "disguise": _disguise,
     "lead": _lead,
     "budget": _budget,
+    "refit": _refit,
+    "overlap": _overlap,
+    "payback": _payback,
 }
-"""The checks by the names of the exercises, in the order of the chapters."""
+"""The checks by the names of the exercises."""

@@ -40,6 +40,11 @@ def test_the_unsolved_exercise_is_not_yet_right(name, capsys):
         ("disguise", lambda block: block, "does not compute"),
         ("lead", lambda *_: 0.0, "expected is"),
         ("budget", lambda *_: 1.0, "can be had"),
+        ("refit", lambda hidden, wanted, *_: np.linalg.lstsq(hidden, wanted)[0], "With a penalty of 5"),
+        ("refit", lambda *_: None, "expected is an array"),
+        ("overlap", lambda first, second, experts: first * second / experts**2, "it gives"),
+        ("payback", lambda seconds, before, after: seconds / (1 / before - 1 / after), "raised ZeroDivision"),
+        ("payback", lambda seconds, before, after: seconds * (after - before), "expected is 1000"),
     ],
 )
 def test_a_mistake_is_told(name, answer, says, capsys):
