@@ -334,7 +334,8 @@ def heal_model(
     ------
     ValueError
         If there is no text, the sequences are longer than the model takes, `work` belongs to another run or
-        number of processes, or the accumulation cannot be shared by the processes.
+        number of processes, the accumulation cannot be shared by the processes, or they were launched with
+        FSDP.
     HealingError
         If the loss is not finite; the last good checkpoint stays in `work`.
     """
@@ -509,6 +510,12 @@ def _together() -> "PartialState | None":
         return None
     from accelerate import PartialState
 
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "healing does not run under FSDP: the experts' linear maps share the memory of stacked tensors, "
+            "which it would take apart. Launch without it where a GPU holds the model; else let one process "
+            'spread the model over all of them (device_map="auto")'
+        )
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -187,7 +187,7 @@ def shortages(found: Iterable[Demand], machine: Machine, *, offload: bool = Fals
                 "take a larger or a second GPU, or device_map: auto"
                 if scored
                 else "take a larger GPU, fewer sequences at a time (batch_size down, accumulation up), "
-                "or several GPUs (accelerate launch)"
+                "or several GPUs (device_map: auto)"
             )
             needed, there = demand.memory / 1e9, machine.memory / 1e9
             short.append(f"{demand.label}: needs {needed:.0f} GB of {there:.0f} GB: {help_}")

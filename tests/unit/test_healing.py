@@ -389,6 +389,14 @@ def test_two_processes_share_a_step(tmp_path):
     assert not (tmp_path / "two.healing").exists()
 
 
+def test_sharded_training_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="healing does not run under FSDP"):
+        heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+    assert not (tmp_path / "work").exists()
+
+
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
     heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
     (tmp_path / "work" / "processes").write_text("2")
