@@ -1,15 +1,13 @@
 """The command line. Each command is thin: it parses, calls one function of the package and prints."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from numpy import ndarray
-
-    from moeits.selection import Kept, Selection
+    pass
 
 
 class _Errors(click.Group):
@@ -369,6 +367,7 @@ def select(
     --criterion, the folder of a model.
     """
     from moeits.nmi import read_matrices
+    from moeits.selection import choose
 
     if criterion is not None:
         if tau is not None or at_least is not None or diagonal is not None:
@@ -387,7 +386,7 @@ def select(
         return
     budget = _budget(tau=tau, n_keep=n_keep, share=share)
     layers, made_by = read_matrices(source)
-    selections, kept = _choose(layers, made_by, budget, at_least, diagonal)
+    selections, kept = choose(layers, made_by, diagonal=diagonal, at_least=at_least, **budget)
     for layer, selection in selections.items():
         rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
         floor = "; stopped there by the floor" if selection.floor_reached else ""
@@ -411,33 +410,6 @@ def _budget(**budget: object) -> dict[str, object]:
         names = [f"--{name.replace('_', '-')}" for name in budget]
         raise click.UsageError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}")
     return given
-
-
-def _choose(
-    matrices: "Mapping[int, ndarray]",
-    made_by: Mapping[str, object],
-    budget: Mapping[str, object],
-    at_least: int | None,
-    diagonal: str | None,
-) -> "tuple[dict[int, Selection], Kept]":
-    """Select within a budget, and put down what made the choice."""
-    from moeits.selection import Kept, select_layers
-
-    options = {
-        "diagonal": diagonal or made_by.get("diagonal", "zero"),
-        "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
-    }
-    budget, selections = select_layers(matrices, **budget, **options)
-    kept = Kept(
-        {layer: selection.kept for layer, selection in selections.items()},
-        {layer: len(R) for layer, R in matrices.items()},
-        model=made_by.get("model", ""),
-        fingerprint=made_by.get("fingerprint"),
-        criterion=f"nmi, preset {made_by['preset']}" if "preset" in made_by else "nmi",
-        budget={**budget, **options},
-        threshold={layer: selection.threshold for layer, selection in selections.items()},
-    )
-    return selections, kept
 
 
 @main.command()
@@ -470,7 +442,7 @@ def prune(
     """
     from moeits.checkpoint import measure_nmi, prune_checkpoint
     from moeits.nmi import read_matrices
-    from moeits.selection import Kept
+    from moeits.selection import Kept, choose
 
     budget = _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
     if output.exists():
@@ -483,7 +455,7 @@ def prune(
             if nmi is not None
             else measure_nmi(folder, preset=preset, n_jobs=n_jobs, progress=True)
         )
-        _, choice = _choose(*measured, budget, at_least, None)
+        _, choice = choose(*measured, at_least=at_least, **budget)
     prune_checkpoint(folder, output, choice, progress=True)
     _print_sizes(output)
 

@@ -19,7 +19,7 @@ from moeits import devices, records
 from moeits.paths import CACHE, DATA
 from moeits.profiles import HEALINGS, Profile, Protocol, Recipe
 from moeits.records import Record
-from moeits.selection import Selection, select_layers
+from moeits.selection import Selection, choose, select_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,11 +90,14 @@ def simplify(
         )
         for layer in layers
     }
-    floor = max(layer.minimum for layer in layers) if at_least is None else at_least
-    _, selections = select_layers(
-        matrices, tau=tau, n_keep=n_keep, share=share, diagonal=chosen.diagonal, at_least=floor
-    )
-    return prune_model(model, {layer: selection.kept for layer, selection in selections.items()})
+    made_by = {
+        "model": Path(model.name_or_path).name,
+        "preset": preset,
+        "diagonal": chosen.diagonal,
+        "minimum": max(layer.minimum for layer in layers),
+    }
+    _, kept = choose(matrices, made_by, at_least=at_least, tau=tau, n_keep=n_keep, share=share)
+    return prune_model(model, kept)
 
 
 @dataclass(frozen=True)

@@ -410,3 +410,49 @@ def _selection(
     gone = {step.removed for step in steps}
     kept = tuple(expert for expert in range(experts) if expert not in gone)
     return Selection(kept, threshold, steps, floor_reached)
+
+
+def choose(
+    matrices: Mapping[int, np.ndarray],
+    made_by: Mapping[str, object],
+    *,
+    diagonal: str | None = None,
+    at_least: int | None = None,
+    **budget: object,
+) -> tuple[dict[int, Selection], Kept]:
+    """Select the experts of every layer within a budget, and put down what made the choice.
+
+    Parameters
+    ----------
+    matrices : mapping of int to ndarray, shape (E, E)
+        R of every layer.
+    made_by : mapping
+        What made them: ``model``, ``fingerprint``, ``preset``, ``diagonal``, ``minimum`` (fewest experts per
+        layer), each where it is known.
+    diagonal, at_least : optional
+        As in :func:`select_experts`; what `made_by` says by default.
+    **budget
+        Exactly one of tau, n_keep and share, as in :func:`select_layers`.
+
+    Returns
+    -------
+    selections : dict[int, Selection]
+        By layer.
+    kept : Kept
+        What ``kept.json`` holds.
+    """
+    options = {
+        "diagonal": diagonal or made_by.get("diagonal", "zero"),
+        "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
+    }
+    found, selections = select_layers(matrices, **budget, **options)
+    kept = Kept(
+        {layer: selection.kept for layer, selection in selections.items()},
+        {layer: len(R) for layer, R in matrices.items()},
+        model=made_by.get("model", ""),
+        fingerprint=made_by.get("fingerprint"),
+        criterion=f"nmi, preset {made_by['preset']}" if "preset" in made_by else "nmi",
+        budget={**found, **options},
+        threshold={layer: selection.threshold for layer, selection in selections.items()},
+    )
+    return selections, kept

@@ -52,6 +52,14 @@ def test_simplify_removes_one_of_two_equal_experts(folder):
     assert all(len({0, 1} & set(ids)) == 1 for ids in kept.values())
 
 
+def test_simplify_puts_down_what_made_the_choice(folder):
+    pruned = simplify(folder, tau=1.25)
+    assert pruned.kept.criterion == "nmi, preset paper"
+    assert pruned.kept.budget == {"tau": 1.25, "diagonal": "zero", "at_least": 1}
+    assert pruned.kept.model == folder.name
+    assert set(pruned.kept.threshold) == set(pruned.kept.layers)
+
+
 def test_presets_weigh_the_projections_differently(folder):
     model = load_model(folder)
     official = {"projection_weights": {"gate": 0.2, "up": 0.4, "down": 0.4}}
