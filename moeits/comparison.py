@@ -249,6 +249,13 @@ class Comparison:
             provenance=self._place,
         )
 
+    @property
+    def forms(self) -> list[tuple[str, float]]:
+        """Forms of the model that can be timed here, with the share of the bytes that each leaves."""
+        shares = [budget for budget in BUDGETS if budget != OWN]
+        once = {"whole": [1.0], "int8": [INT8_SHARE] if self._place["device"] == "cpu" else []}
+        return [(form, share) for form in FORMATS for share in once.get(form, shares)]
+
     def statistics_found(self) -> list[Record]:
         """Find the passes over texts that were made before, as the settings are now."""
         return [
@@ -261,7 +268,7 @@ class Comparison:
         """Find the forms that were timed before, as the settings are now."""
         return [
             self.speed(*form)
-            for form in _forms()
+            for form in self.forms
             if records.exists(self.study.records, "speed", self._speed_inputs(*form))
         ]
 
@@ -743,7 +750,7 @@ def speed_steps(profile: Profile, models: Iterable[str]) -> Iterator[Step]:
     """
     for name in models:
         if name in profile.green:
-            for form, share in _forms():
+            for form, share in Comparison(profile, name).forms:
                 of = partial(_one, profile.model_dump_json(), name)
                 yield Step(
                     "speeds",
@@ -751,12 +758,6 @@ def speed_steps(profile: Profile, models: Iterable[str]) -> Iterator[Step]:
                     lambda of=of, form=form, share=share: of().speed(form, share),
                     name,
                 )
-
-
-def _forms() -> list[tuple[str, float]]:
-    shares = [budget for budget in BUDGETS if budget != OWN]
-    once = {"whole": [1.0], "int8": [INT8_SHARE]}
-    return [(form, share) for form in FORMATS for share in once.get(form, shares)]
 
 
 @lru_cache(maxsize=1)

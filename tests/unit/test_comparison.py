@@ -364,6 +364,12 @@ def test_the_book_shows_the_larger_comparison(compared, monkeypatch, tmp_path):
     assert there.finals == []
 
 
+def test_eight_bits_are_timed_where_there_are_kernels_for_them(compared, monkeypatch):
+    assert ("int8", 0.5) in compared.forms
+    monkeypatch.setattr(Comparison, "_place", {"device": "cuda"})
+    assert "int8" not in dict(compared.forms)
+
+
 def test_steps_are_the_profiles_or_those_asked_for(compared):
     labels = [step.label for step in comparison.steps(compared.profile)]
     assert labels == [
