@@ -506,9 +506,8 @@ class Comparison:
             choice = self._choose(method, budget)
         except ValueError as error:
             return [], {"impossible": str(error)}
-        model = self._model(choice)
-        rows, details = self._text_rows(model)
-        del model
+        details = self._as_chosen(choice)
+        rows = _text_rows(details)
         gc.collect()
         rows += [
             {"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in choice.cost.items()
@@ -532,7 +531,8 @@ class Comparison:
                     refit_tokens=profile.refit_tokens,
                     recipe=profile.healing if "lora" in way else None,
                 )
-        rows, details = self._text_rows(model)
+        details = self._heldout(model) if way else self._as_chosen(choice, model)
+        rows = _text_rows(details)
         items = evaluation.evaluate(
             model,
             self._tokenizer,
@@ -561,28 +561,40 @@ class Comparison:
         kept = choice.kept and {str(layer): list(ids) for layer, ids in choice.kept.items()}
         return {"kept": kept, "experts": {str(number): of.experts for number, of in self._layers.items()}}
 
-    def _text_rows(self, model: "nn.Module") -> tuple[list[dict], dict]:
-        """Rows of the held-out text, and what its blocks say one by one."""
-        nats, tokens, size = self._heldout(model)
-        bits = evaluation.ratio(np.array(nats) / math.log(2), size)
-        mean = evaluation.ratio(nats, tokens)
-        perplexity = math.exp(mean[0])
-        rows = [
-            {"metric": "bits per byte", "value": bits[0], "stderr": bits[1], "unit": "bits"},
-            {"metric": "perplexity", "value": perplexity, "stderr": perplexity * mean[1], "unit": "1"},
-        ]
-        rows = [row | {"n": len(nats), "higher_is_better": False} for row in rows]
-        return rows, {"nats": nats, "bytes": size}
+    def _as_chosen(self, choice: "_Choice", model: "nn.Module | None" = None) -> dict[str, Any]:
+        """Measure the held-out text with what a choice leaves; the same experts are measured once."""
 
-    def _heldout(self, model: "nn.Module") -> tuple[list[float], list[int], list[int]]:
+        def measure() -> dict[str, Any]:
+            return self._heldout(self._model(choice) if model is None else model)
+
+        if choice.blocks:
+            return measure()
+        inputs = self._inputs(WHOLE, 1.0) | {"kept": self._who_stays(choice)["kept"]}
+        return records.remember(CACHE / "heldout", "heldout", inputs, lambda: ([], measure())).details
+
+    def _heldout(self, model: "nn.Module") -> dict[str, Any]:
         """Negative log-likelihood, predicted tokens and their bytes of every block of the held-out text."""
         from moeits import corpus
 
         blocks = corpus.blocks("heldout", self._tokenizer, tokens=self.profile.heldout_tokens)
-        tokens = [len(block) - 1 for block in blocks]
-        nats = evaluation.log_losses(model, blocks).tolist()
         texts = [self._tokenizer.decode(block[1:], clean_up_tokenization_spaces=False) for block in blocks]
-        return nats, tokens, [len(text.encode()) for text in texts]
+        return {
+            "nats": evaluation.log_losses(model, blocks).tolist(),
+            "tokens": [len(block) - 1 for block in blocks],
+            "bytes": [len(text.encode()) for text in texts],
+        }
+
+
+def _text_rows(text: Mapping[str, Sequence[float]]) -> list[dict]:
+    """Rows of the held-out text, out of what its blocks say one by one."""
+    bits = evaluation.ratio(np.array(text["nats"]) / math.log(2), text["bytes"])
+    mean = evaluation.ratio(text["nats"], text["tokens"])
+    perplexity = math.exp(mean[0])
+    rows = [
+        {"metric": "bits per byte", "value": bits[0], "stderr": bits[1], "unit": "bits"},
+        {"metric": "perplexity", "value": perplexity, "stderr": perplexity * mean[1], "unit": "1"},
+    ]
+    return [row | {"n": len(text["nats"]), "higher_is_better": False} for row in rows]
 
 
 def _losses(model: "nn.Module", kept: Mapping[int, Sequence[int]], blocks: np.ndarray) -> np.ndarray:

@@ -120,6 +120,17 @@ def test_a_cell_is_measured_once(compared, monkeypatch):
     assert again.found() == [first]
 
 
+def test_the_same_experts_are_measured_once(compared, monkeypatch):
+    first = compared.cell("first", 1.0)
+    monkeypatch.setattr(evaluation, "log_losses", None)
+    again = compared.cell("weight-product", 1.0)
+    assert again.inputs["method"] == "weight-product"
+    assert again.details["nats"] == first.details["nats"]
+    assert values(again)["perplexity"] == values(first)["perplexity"]
+    with pytest.raises(TypeError, match="not callable"):
+        compared.cell("first", 0.5)
+
+
 def test_the_own_budget_is_moeits_at_its_tau(compared):
     tau = compared.profile.models["tiny"].tau
     own = {str(n): list(chosen.kept) for n, chosen in compared.study.selections(tau).items()}
