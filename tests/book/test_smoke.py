@@ -124,5 +124,5 @@ def test_the_students_book_has_no_solutions(smoke):
 def test_the_records_of_the_smoke_profile_can_be_read(smoke):
     files = sorted((smoke.records / "results" / "smoke").glob("*.json"))
     assert files
-    steps = {"nmi", "scores", "green", "healing", "protocol", "statistics", "rival", "final"}
+    steps = {"nmi", "scores", "green", "healing", "protocol", "statistics", "rival", "final", "oracle"}
     assert {read(path).step for path in files} == steps
