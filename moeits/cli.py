@@ -125,6 +125,7 @@ def _show_plan(name: str, gpu: str | None) -> None:
 @click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
 @click.option("--target", help="Page of the book that the notebook makes.  [default: its name]")
 @click.option("-p", "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="Of the notebook.")
+@click.option("--render", is_flag=True, help="Render the book with the page of NOTEBOOK.")
 @click.option("--student", is_flag=True, help="Render the book without the solutions of its exercises.")
 @click.option("--dry-run", is_flag=True, help="Only estimate what every step takes, and whether it fits.")
 @click.option("--on", "gpu", help="Estimate for this GPU, such as h100, not for what is found here.")
@@ -133,6 +134,7 @@ def run(
     profile: str,
     target: str | None,
     parameters: tuple[str, ...],
+    render: bool,
     student: bool,
     dry_run: bool,
     gpu: str | None,
@@ -144,12 +146,12 @@ def run(
     if gpu:
         raise click.UsageError("--on belongs to --dry-run")
     from moeits import profiles
-    from moeits.run import BookError, NotebookError, run_notebook, run_profile
+    from moeits.run import BookError, NotebookError, build_book, run_notebook, run_profile
 
     try:
         if notebook is None:
-            if parameters or target:
-                raise click.UsageError("--parameter and --target belong to a NOTEBOOK")
+            if parameters or target or render:
+                raise click.UsageError("--parameter, --target and --render belong to a NOTEBOOK")
             click.echo(
                 f"the book is at {run_profile(profiles.load(profile), student=student, say=click.echo)}"
             )
@@ -158,6 +160,8 @@ def run(
         else:
             given = {"profile": profile} | _values("-p", parameters)
             click.echo(run_notebook(notebook, target=target, parameters=given))
+            if render:
+                click.echo(f"the book is at {build_book()}")
     except (NotebookError, BookError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -135,6 +135,19 @@ class AllFigures(_Shown):
         ]
 
 
+def print_drawings(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Put the PDF of every drawing into a book that LaTeX prints, which knows no SVG."""
+    if app.builder.format != "latex":
+        return
+    drawn = {path.stem: path for path in (Path(app.srcdir).parent / "data" / "figures").glob("*/*.pdf")}
+    for image in doctree.findall(nodes.image):
+        names = [Path(image["uri"]).stem, *(image.parent.get("names", []) if image.parent else [])]
+        if path := next((drawn[name] for name in names if name in drawn), None):
+            uri = Path(os.path.relpath(path, app.srcdir)).as_posix()
+            image["uri"], image["candidates"] = uri, {"*": uri}
+            app.env.images.add_file(docname, uri)
+
+
 def mend_roles(_app: Sphinx, _pagename: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
     """Take the role of a list from bibliographies: their entries have another role than a list's items."""
     if "body" in context:
@@ -153,6 +166,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("all-figures", AllFigures)
     app.connect("config-inited", configure)
     app.connect("html-page-context", mend_roles)
+    app.connect("doctree-resolved", print_drawings)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", launch_committed, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -69,6 +69,21 @@ def test_no_page_of_the_students_links_to_the_solutions():
     assert [path.name for path in sources if "notebooks/solutions`" in path.read_text()] == []
 
 
+def test_the_book_is_rendered_with_a_page_that_was_run_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        run, "run_notebook", lambda name, **options: asked.append((name, options)) or "the page"
+    )
+    monkeypatch.setattr(run, "build_book", lambda: "the index")
+    arguments = ["run", "prune", "-p", "model=smol-qwen", "-p", "tau=0.75", "--target", "prune-qwen"]
+    assert CliRunner().invoke(main, arguments).output == "the page\n"
+    done = CliRunner().invoke(main, [*arguments, "--render"])
+    assert done.output == "the page\nthe book is at the index\n"
+    parameters = {"profile": "laptop", "model": "smol-qwen", "tau": 0.75}
+    assert asked == [("prune", {"target": "prune-qwen", "parameters": parameters})] * 2
+    assert "--render belong to a NOTEBOOK" in CliRunner().invoke(main, ["run", "--render"]).output
+
+
 def test_only_the_book_has_a_students_form():
     result = CliRunner().invoke(main, ["run", "prune", "--student"])
     assert result.exit_code == 2
