@@ -5,6 +5,7 @@ import pytest
 from click.testing import CliRunner
 from sample import PROSE, skeleton
 
+from moeits import run
 from moeits.cli import main
 from moeits.paths import BOOK, NOTEBOOKS
 from moeits.run import BookError, build_book, toc_pages
