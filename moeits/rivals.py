@@ -6,7 +6,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -185,6 +185,39 @@ def paired(cell: Record, other: Record) -> tuple[float, float]:
         raise ValueError("the two cells were not measured on the same text")
     bits = (np.array(cell.details["nats"]) - np.array(other.details["nats"])) / math.log(2)
     return evaluation.ratio(bits, cell.details["bytes"])
+
+
+def differences(cells: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """Compare methods in pairs, at every model and budget at which both were measured.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`moeits.comparison.Comparison.cell`.
+    pairs : iterable of (str, str)
+        Methods.
+
+    Returns
+    -------
+    DataFrame
+        model, budget, first, second, difference (bits per byte of the first less those of the second) with
+        its stderr, and verdict: "better" or "worse" where it is more than two standard errors from zero, else
+        "no difference".
+    """
+    found: dict[tuple[str, comparison.Budget], dict[str, Record]] = {}
+    for cell in cells:
+        if cell.rows:
+            place = cell.inputs["model"], cell.inputs["budget"]
+            found.setdefault(place, {})[cell.inputs["method"]] = cell
+    lines = []
+    for ((model, budget), methods), (first, second) in product(found.items(), pairs):
+        if first in methods and second in methods:
+            value, error = paired(methods[first], methods[second])
+            verdict = "no difference" if abs(value) <= 2 * error else "better" if value < 0 else "worse"
+            line = {"model": model, "budget": label(budget), "first": first, "second": second}
+            lines.append(line | {"difference": value, "stderr": error, "verdict": verdict})
+    columns = ["model", "budget", "first", "second", "difference", "stderr", "verdict"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def oracle_table(oracles: Iterable[Record], cells: Iterable[Record]) -> pd.DataFrame:

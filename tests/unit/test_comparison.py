@@ -20,6 +20,7 @@ from moeits.families import moe_layers
 from moeits.refit import refit_model
 from moeits.rivals import (
     chance_jaccard,
+    differences,
     finals_table,
     jaccard,
     oracle_table,
@@ -277,6 +278,30 @@ def test_the_table_pairs_every_method_with_moeits(compared):
     assert math.isnan(shown.difference["moeits"])
     stderr = evaluation.ratio(bits["reap"] - bits["moeits"], size)[1]
     assert shown["difference stderr"]["reap"] == pytest.approx(stderr)
+
+
+def test_differences_in_pairs_and_their_verdicts():
+    nats = {
+        "moeits": [2.0, 2.1, 1.9],
+        "reap": [1.0, 1.2, 1.0],
+        "lu": [2.3, 1.9, 1.8],
+        "first": [4.0, 4.1, 3.9],
+    }
+    cells = [
+        records.Record(
+            "rival",
+            {"model": "tiny", "method": method, "budget": 0.5},
+            [{}],
+            {"nats": values, "bytes": [1, 1, 1]},
+        )
+        for method, values in nats.items()
+    ]
+    cells.append(replace(cells[1], inputs=cells[1].inputs | {"budget": 0.25}))
+    found = differences(iter(cells), [(method, "moeits") for method in ("reap", "lu", "first", "dern")])
+    assert found["first"].tolist() == ["reap", "lu", "first"]
+    assert found.budget.unique().tolist() == ["50%"]
+    assert found.verdict.tolist() == ["better", "no difference", "worse"]
+    assert found.difference[0] == pytest.approx(-2.8 / 3 / math.log(2))
 
 
 def test_cells_of_different_text_are_not_paired():
