@@ -160,6 +160,7 @@ def table(
     caption: str,
     formats: Mapping[str, str] | None = None,
     records: Iterable[Any] = (),
+    empty: str = "",
 ) -> None:
     """Save a table with where its numbers come from, and show it.
 
@@ -177,6 +178,8 @@ def table(
         Column -> format specification of its numbers, such as ``".1%"``. Other floats show four digits.
     records : iterable of str or Record
         Ids of the records that the numbers come from, or the records.
+    empty : str
+        What stands in place of a table that may have no rows.
 
     Raises
     ------
@@ -185,6 +188,8 @@ def table(
         of that name.
     """
     table_label = label("tab", name)
+    if data.empty and empty:
+        data, formats = pd.DataFrame({"result": [empty]}), {}
     side = _side(table_label, caption, data, records, ("csv",))
     shown = data.reset_index() if _named(data.index) else data
     formats = dict(formats or {})
