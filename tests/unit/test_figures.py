@@ -214,3 +214,13 @@ def test_glue_refuses_what_prose_cannot_show(shown, name, value):
     with pytest.raises(ValueError, match=f"glue '{name}'"):
         figures.glue(name, value)
     assert not shown
+
+
+def test_a_table_that_may_have_no_rows_says_so(folder, shown):
+    nothing = DATA.iloc[:0]
+    with pytest.raises(ValueError, match="tab-share: no data"):
+        figures.table(nothing, "share", caption="Share.", formats={"share": ".1%"})
+    figures.table(nothing, "share", caption="Share.", formats={"share": ".1%"}, empty="not measured here")
+    [(bundle, _)] = shown
+    assert bundle["text/markdown"] == "| result |\n| :--- |\n| not measured here |\n"
+    assert (folder / "tab-share.csv").read_text() == "result\nnot measured here\n"
