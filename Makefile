@@ -39,7 +39,7 @@ book-student: env ## the same without the solutions of the exercises, as book/_b
 book-pdf: env ## render the book as PDF, where LaTeX is installed
 	@command -v latexmk >/dev/null && command -v xelatex >/dev/null || { \
 	    echo "a PDF needs LaTeX: install latexmk and xelatex (on Debian: latexmk texlive-xetex" \
-	        "texlive-latex-extra fonts-freefont-otf), or print pages of book/_build/html from a browser"; exit 1; }
+	        "texlive-latex-extra texlive-fonts-extra fonts-freefont-otf), or print pages of book/_build/html from a browser"; exit 1; }
 	$(RUN)moeits run --profile $(PROFILE)
 	$(BIN)/jupyter-book build book --builder pdflatex --path-output book/_build/pdf
 
