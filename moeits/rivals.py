@@ -171,8 +171,7 @@ def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
         other = by_key.get((model, REFERENCE, way))
         if other is not None and method != REFERENCE:
             line["difference"], line["difference stderr"] = paired(final, other)
-            items = [pd.DataFrame(record.details["items"]) for record in (other, final)]
-            both = evaluation.compare(*items).set_index(["task", "variant"]).loc[evaluation.MEAN, "acc"]
+            both = paired_answers(final, other)
             line |= {"acc difference": both.difference, "acc difference stderr": both.stderr}
             line["flips"] = both.flips
         lines.append(line)
@@ -185,6 +184,12 @@ def paired(cell: Record, other: Record) -> tuple[float, float]:
         raise ValueError("the two cells were not measured on the same text")
     bits = (np.array(cell.details["nats"]) - np.array(other.details["nats"])) / math.log(2)
     return evaluation.ratio(bits, cell.details["bytes"])
+
+
+def paired_answers(final: Record, other: Record) -> pd.Series:
+    """Compare two finals in mean accuracy: a row of :func:`moeits.evaluation.compare`."""
+    items = [pd.DataFrame(record.details["items"]) for record in (other, final)]
+    return evaluation.compare(*items).set_index(["task", "variant"]).loc[evaluation.MEAN, "acc"]
 
 
 def differences(cells: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
@@ -321,7 +326,8 @@ def speed_table(speeds: Iterable[Record], cells: Iterable[Record]) -> pd.DataFra
                 | {"method": method, "as fast": None if line["form"] == "pruned" else fast}
                 | {"bits per byte": bits.get("value"), "stderr": bits.get("stderr")}
             )
-    return pd.DataFrame(lines)
+    columns = ["model", "form", "share", "reading", "reading stderr", "writing", "writing stderr"]
+    return pd.DataFrame(lines, columns=[*columns, "method", "as fast", "bits per byte", "stderr"])
 
 
 def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
