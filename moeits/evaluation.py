@@ -573,7 +573,9 @@ def log_losses(
                     ids = torch.stack([rows[i] for i in batch]).to(model.device)  # (batch, T)
                     logits = model(input_ids=ids, use_cache=False).logits  # (batch, T, V)
                     for i, block, scores in zip(batch, ids, logits, strict=True):
-                        nats[i] = cross_entropy(scores[:-1].float(), block[1:], reduction="sum")
+                        # A few tokens at a time: the scores of all in float32 are memory first used.
+                        parts = zip(scores[:-1].split(64), block[1:].split(64), strict=True)
+                        nats[i] = sum(cross_entropy(s.float(), t, reduction="sum").item() for s, t in parts)
     finally:
         model.train(training)
     if not np.isfinite(nats).all():
