@@ -475,6 +475,7 @@ def prune(
 @click.option("--no-lora", is_flag=True, help="Do not train; only refit.")
 @click.option("--refit-to", type=click.Path(path_type=Path), help="Whole model, to which to refit first.")
 @click.option("--refit-tokens", type=click.IntRange(512), default=16_384, show_default=True)
+@click.option("--shard", is_flag=True, help="Spread the experts over the processes of accelerate launch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 def heal(
@@ -485,20 +486,22 @@ def heal(
     no_lora: bool,
     refit_to: Path | None,
     refit_tokens: int,
+    shard: bool,
     device: str,
     dtype: str,
 ) -> None:
     """Heal the pruned model in FOLDER: by LoRA, by refitting to the whole model, or both.
 
     Started again, a killed training goes on from its last checkpoint. On several GPUs:
-    accelerate launch -m moeits.cli heal FOLDER -o OUT, which share the accumulation.
+    accelerate launch -m moeits.cli heal FOLDER -o OUT, which share the accumulation, and with
+    --shard the experts' weights too.
     """
     from moeits import devices, profiles
     from moeits.healing import heal as run
 
     recipe = None if no_lora else profiles.recipe(**{"preset": preset} | _values("--set", settings))
     place, number, _ = devices.choose(device, dtype)
-    options = {"refit_to": refit_to, "refit_tokens": refit_tokens, "progress": True}
+    options = {"refit_to": refit_to, "refit_tokens": refit_tokens, "progress": True, "shard": shard}
     report = run(folder, output, recipe, **options, dtype=number, device_map={"": place})
     for layer in report.get("refit", {"layers": []})["layers"]:
         click.echo("layer {layer}: error {before:.4f} before the refit, {after:.4f} after".format(**layer))

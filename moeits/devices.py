@@ -1,5 +1,6 @@
 """Where and in which number format to compute, with the reason."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, to
     Parameters
     ----------
     device : str
-        ``auto`` takes the first CUDA device, else the CPU; anything else is a torch device.
+        ``auto`` takes CUDA, else the CPU; anything else is a torch device. CUDA without a number is the
+        first device, for one of several processes (``LOCAL_RANK``) its own.
     dtype : str
         ``auto`` takes bfloat16 where the device multiplies it in hardware, else float32.
 
@@ -38,6 +40,8 @@ def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, to
         raise ValueError(f"device {device!r} is none that torch knows: take auto, cpu or cuda") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this machine has no CUDA device; use device auto or cpu")
+    if place.type == "cuda" and place.index is None and (rank := os.environ.get("LOCAL_RANK")):
+        place = torch.device("cuda", int(rank))
     if dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is none that torch knows: take bfloat16, float16 or float32")

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,10 +99,15 @@ class Adapted(nn.Module):
     def __init__(self, model: "PreTrainedModel", parts: dict[str, int]) -> None:
         super().__init__()
         self.model, self.parts = model, parts
+        self.run_by(model)
+
+    def run_by(self, module: nn.Module) -> None:
+        """Let the model be run by what wraps it, which is no part of this one."""
+        object.__setattr__(self, "runs", module)
 
     def forward(self, **inputs: Any) -> Any:
         """Run the model; a loss that is not finite is an error."""
-        output = self.model(**inputs, use_cache=False)
+        output = self.runs(**inputs, use_cache=False)
         if not torch.isfinite(output.loss):
             raise FloatingPointError(f"the loss is {output.loss.item()}")
         return output
@@ -126,6 +131,57 @@ class Adapted(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Pass on to the model."""
         self.model.activation_checkpointing_enable(**options)
+
+
+@contextmanager
+def spread_experts(adapted: Adapted, device: torch.device) -> Iterator[None]:
+    """Spread the experts' frozen weights over the processes of a launch; all else is on each of them.
+
+    Each process gathers the experts of a layer while it computes them (FSDP of torch). Gradients of the
+    adapters are averaged over the processes.
+
+    Parameters
+    ----------
+    adapted : Adapted
+        On the CPU, where it is again in the end, each process with all its weights.
+    device : torch.device
+        Of this process.
+    """
+    from torch.distributed import get_world_size, init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = adapted.model
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    before = []
+    for experts in [module for module in model.modules() if isinstance(module, ExpertList)]:
+        for owner in experts.modules():
+            held = owner.named_parameters(recurse=False)
+            before += [(owner, name, weight.data) for name, weight in held if weight not in trained]
+        fully_shard(experts, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    _move(model, device)
+    # The library's own way of leaving parameters out.
+    model._ddp_params_and_buffers_to_ignore = frozen
+    # No token may go to an expert.
+    adapted.run_by(DistributedDataParallel(model, find_unused_parameters=True))
+    adapted._is_accelerate_prepared = True  # the trainer would wrap it again
+    try:
+        yield
+    finally:
+        adapted.run_by(model)
+        del model._ddp_params_and_buffers_to_ignore
+        for owner, name, weight in before:
+            setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+        _move(model, torch.device("cpu"))
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Move to a device; ``Module.to`` refuses where experts are, or were, spread."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
 
 
 @contextmanager
@@ -284,12 +340,18 @@ class Healed:
         Tokens that were trained on, repetitions counted.
     resumed_from : int
         Step from which this run went on; 0 for one that was not broken off.
+    processes : int
+        That shared every step.
+    expert_bytes : int
+        Bytes of the experts' frozen weights that each of them held.
     """
 
     parts: dict[str, int]
     losses: list[float]
     tokens: int
     resumed_from: int = 0
+    processes: int = 1
+    expert_bytes: int = 0
 
 
 class HealingError(RuntimeError):
@@ -304,6 +366,7 @@ def heal_model(
     *,
     data: Sequence[Tensor] | None = None,
     progress: bool = False,
+    shard: bool = False,
 ) -> Healed:
     """Train LoRA adapters on a model, and merge them into its weights.
 
@@ -325,6 +388,8 @@ def heal_model(
         Token sequences; :func:`examples` by default.
     progress : bool
         Show a progress bar with the time left.
+    shard : bool
+        Spread the experts over the processes, see :func:`spread_experts`; the model is on the CPU.
 
     Returns
     -------
@@ -334,8 +399,8 @@ def heal_model(
     ------
     ValueError
         If there is no text, the sequences are longer than the model takes, `work` belongs to another run or
-        number of processes, the accumulation cannot be shared by the processes, or they were launched with
-        FSDP.
+        number of processes, the accumulation cannot be shared by the processes, they were launched with
+        FSDP, or `shard` was asked of one process.
     HealingError
         If the loss is not finite; the last good checkpoint stays in `work`.
     """
@@ -347,6 +412,8 @@ def heal_model(
     made_of = digest({"recipe": recipe.model_dump(), "model": _identity(model), "data": _data_digest(rows)})
     together = _together()
     processes = together.num_processes if together else 1
+    if shard and together is None:
+        raise ValueError("one process has nobody to share the experts with: start it by accelerate launch")
     if recipe.accumulation % processes:
         raise ValueError(
             f"accumulation is {recipe.accumulation}, which {processes} processes cannot share: "
@@ -355,7 +422,11 @@ def heal_model(
     with together.main_process_first() if together else nullcontext():
         last = _last_checkpoint(Path(work), made_of, processes)
     training = model.training
-    with adapters(model, recipe) as adapted:
+    with ExitStack() as stack:
+        adapted = stack.enter_context(adapters(model, recipe))
+        if shard:
+            stack.enter_context(spread_experts(adapted, together.device))
+        held = _expert_bytes(adapted)
         shared = recipe.model_copy(update={"accumulation": recipe.accumulation // processes})
         trainer = _trainer(adapted, rows, 0 if pad is None else pad, shared, Path(work), progress)
         try:
@@ -373,7 +444,19 @@ def heal_model(
     sequences = recipe.steps * recipe.batch_size * recipe.accumulation
     tokens = round(sequences * sum(map(len, rows)) / len(rows))
     step = 0 if last is None else int(last.name.rpartition("-")[2])
-    return Healed(adapted.parts, losses, tokens, step)
+    return Healed(adapted.parts, losses, tokens, step, processes, held)
+
+
+def _expert_bytes(adapted: Adapted) -> int:
+    """Bytes of the experts' frozen weights in this process."""
+    found = [
+        getattr(weight, "_local_tensor", weight)
+        for experts in adapted.modules()
+        if isinstance(experts, ExpertList)
+        for weight in experts.parameters()
+        if not weight.requires_grad
+    ]
+    return sum(weight.numel() * weight.element_size() for weight in found)
 
 
 def restore(
@@ -385,12 +468,13 @@ def restore(
     refit_tokens: int = 16_384,
     recipe: Recipe | None = None,
     progress: bool = False,
+    shard: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Heal a model: refit it, train it, or one after the other.
 
     Parameters
     ----------
-    model, tokenizer, work, progress
+    model, tokenizer, work, progress, shard
         As :func:`heal_model`; `work` is used by the training alone.
     original : callable, optional
         Loads the whole model, to whose layers the down projections are refitted first.
@@ -421,7 +505,7 @@ def restore(
         report["refit"] = {"tokens": blocks.numel(), "seconds": seconds, "layers": layers}
     if recipe is not None:
         start = time.perf_counter()
-        healed = heal_model(model, tokenizer, recipe, work, progress=progress)
+        healed = heal_model(model, tokenizer, recipe, work, progress=progress, shard=shard)
         report["lora"] = {"recipe": recipe.model_dump(), "seconds": time.perf_counter() - start}
         report["lora"] |= vars(healed)
     return report
@@ -435,6 +519,7 @@ def heal(
     refit_to: Path | str | None = None,
     refit_tokens: int = 16_384,
     progress: bool = False,
+    shard: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Heal the model in a folder: refit it, train it, or one after the other.
@@ -452,6 +537,9 @@ def heal(
         Tokens of packaged calibration text for that.
     progress : bool
         Show a progress bar.
+    shard : bool
+        Spread the experts over the processes while they train; the models are then loaded to the CPU, and a
+        refit runs there.
     **options
         Passed on to :func:`moeits.surgery.load_model`: ``dtype``, ``device_map``, ...
 
@@ -476,6 +564,8 @@ def heal(
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
     if recipe is None and refit_to is None:
         raise ValueError("nothing to do: give a recipe, the whole model to refit to, or both")
+    if shard:
+        options["device_map"] = {"": "cpu"}
     model = load_model(source, **options)
     tokenizer = AutoTokenizer.from_pretrained(source)
     work = target.with_name(f"{target.name}.healing")
@@ -487,6 +577,7 @@ def heal(
         refit_tokens=refit_tokens,
         recipe=recipe,
         progress=progress,
+        shard=shard,
     )
     together = _together()
     if together:
@@ -512,9 +603,9 @@ def _together() -> "PartialState | None":
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
-            "healing does not run under FSDP: the experts' linear maps share the memory of stacked tensors, "
-            "which it would take apart. Launch without it where a GPU holds the model; else let one process "
-            'spread the model over all of them (device_map="auto")'
+            "healing does not run under accelerate's FSDP: the experts' linear maps share the memory of "
+            "stacked tensors, which it would take apart. Launch without it, and give --shard (shard=True) "
+            "where a GPU does not hold the model: the experts are then spread over the processes"
         )
     return PartialState(cpu=not torch.cuda.is_available())
 

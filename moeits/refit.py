@@ -139,6 +139,21 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return sum((a.T @ b).float() for a, b in zip(left.split(4096), right.split(4096), strict=True))
 
 
+class _KnownError(Exception):
+    """The first layer is called as for an earlier batch, and so the others are; holds those calls."""
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Say whether what a layer is given beside the hidden states is the same."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and one == other)
+
+
 class _Stream:
     """Hidden states of token blocks on their way through the decoder layers of a model."""
 
@@ -148,25 +163,26 @@ class _Stream:
         layers = decoder_layers(model)[1]
         for batch in batches:
             calls: list[tuple[tuple, dict[str, Any]]] = []
-            hooks = [
-                layer.register_forward_pre_hook(
-                    lambda _, args, options, calls=calls: calls.append((args, options)), with_kwargs=True
-                )
-                for layer in layers
-            ]
+
+            def see(_: nn.Module, args: tuple, options: dict[str, Any], calls: list = calls) -> None:
+                options = dict(options)
+                states = args[0] if args else options.pop("hidden_states")
+                calls.append((args[1:], options))
+                if len(calls) == 1:
+                    self.states.append(states)
+                    for known in self.calls:
+                        if _same(known[0], calls[0]):
+                            raise _KnownError(known)
+
+            hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
             try:
                 model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+            except _KnownError as found:  # no need to pass the other layers
+                (calls,) = found.args
             finally:
                 for hook in hooks:
                     hook.remove()
-            args, options = calls[0]
-            self.states.append(args[0] if args else options["hidden_states"])
-            self.calls.append(
-                [
-                    (args[1:], {k: v for k, v in options.items() if k != "hidden_states"})
-                    for args, options in calls
-                ]
-            )
+            self.calls.append(calls)
 
     def run(self, number: int, decoder: nn.Module, *, keep: bool = True) -> list[Tensor]:
         """Pass one decoder layer; its output replaces the states, unless it is only looked at."""
@@ -205,7 +221,7 @@ class _Observer:
         mixed = states.new_zeros(len(self.experts.experts), len(states), self.experts.neurons)
         fixed = torch.zeros_like(states, dtype=torch.float32)
         for expert, tokens, share in chosen_tokens(index, weights, len(mixed)):
-            active = self.experts.hidden(expert, states[tokens]) * share[:, None]
+            active = self.experts.hidden(expert, states.index_select(0, tokens)) * share[:, None]
             mixed[expert].index_add_(0, tokens, active.to(mixed.dtype))
             if (bias := self.experts.experts[expert].down.bias) is not None:
                 fixed.index_add_(0, tokens, (share[:, None] * bias).float())

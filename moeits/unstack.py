@@ -68,7 +68,7 @@ class ExpertList(nn.Module):
         """Compute the layer's routed output, (tokens, d), as the stacked module does."""
         out = torch.zeros_like(hidden_states)
         for expert, tokens, weights in chosen_tokens(top_k_index, top_k_weights, len(self.experts)):
-            states = _filled(hidden_states[tokens])
+            states = _filled(hidden_states.index_select(0, tokens))
             found = self.experts[expert].down(self.hidden(expert, states))[: len(tokens)]
             if getattr(self.stacked, "has_post_expert_norm", False):
                 found = self.stacked.post_expert_norm(found)
@@ -110,7 +110,7 @@ def one_by_one(
 
     out = torch.zeros_like(hidden_states)
     for expert, tokens, weights in chosen_tokens(top_k_index, top_k_weights, len(module.down_proj)):
-        states = project(_filled(hidden_states[tokens]), first, expert)
+        states = project(_filled(hidden_states.index_select(0, tokens)), first, expert)
         states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
         found = project(states, "down_proj", expert)[: len(tokens)]
         if module.has_post_expert_norm:
@@ -150,10 +150,11 @@ def chosen_tokens(index: Tensor, weights: Tensor, experts: int) -> Iterator[tupl
     weights : Tensor
         Their weights for it.
     """
-    for expert in index.unique().tolist():
-        if expert < experts:
-            tokens, slot = torch.where(index == expert)
-            yield expert, tokens, weights[tokens, slot]
+    chosen = index.flatten()
+    places = chosen.argsort(stable=True).split(chosen.bincount(minlength=experts).tolist())
+    for expert, place in enumerate(places[:experts]):
+        if len(place):
+            yield expert, place // index.shape[1], weights.flatten().index_select(0, place)
 
 
 def experts_name(layer: MoELayer) -> str:

@@ -374,25 +374,47 @@ def test_two_processes_share_a_step(tmp_path):
         "float32",
         *settings,
     ]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(
         [sys.executable, *launch, *command, "-o", str(tmp_path / "two")], check=True, capture_output=True
     )
+    subprocess.run(
+        [sys.executable, *launch, *command, "--shard", "-o", str(tmp_path / "spread")],
+        check=True,
+        capture_output=True,
+    )
     subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, capture_output=True)
-    before, one, two = (
-        load_model(tmp_path / name, dtype=torch.float32).state_dict() for name in ("pruned", "one", "two")
+    before, one, two, spread = (
+        load_model(tmp_path / name, dtype=torch.float32).state_dict()
+        for name in ("pruned", "one", "two", "spread")
     )
     moved = max(float((one[name] - before[name]).abs().max()) for name in one)
-    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
-    assert apart < moved / 100
+    for other in (two, spread):
+        apart = max(float((one[name] - other[name]).abs().max()) for name in one)
+        assert apart < moved / 100
     assert not (tmp_path / "two.healing").exists()
+    reports = {
+        name: json.loads((tmp_path / name / "healing.json").read_text())["lora"]
+        for name in ("one", "two", "spread")
+    }
+    assert {name: report["processes"] for name, report in reports.items()} == {
+        "one": 1,
+        "two": 2,
+        "spread": 2,
+    }
+    assert reports["two"]["expert_bytes"] == reports["one"]["expert_bytes"]
+    assert reports["spread"]["expert_bytes"] == reports["one"]["expert_bytes"] / 2
+
+
+def test_experts_are_shared_by_several_processes(tmp_path):
+    with pytest.raises(ValueError, match="one process has nobody to share the experts with"):
+        heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA, shard=True)
 
 
 def test_sharded_training_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="healing does not run under FSDP"):
+    with pytest.raises(ValueError, match="healing does not run under accelerate's FSDP"):
         heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
     assert not (tmp_path / "work").exists()
 
