@@ -29,6 +29,7 @@ from moeits.families import MoELayer, moe_layers, sizes
 from moeits.nmi import PRESETS, nmi_matrix
 from moeits.paths import CACHE, whole
 from moeits.selection import Kept
+from moeits.spread import unordered
 from moeits.surgery import complete, compose, describe_folder, hollow_model, pruned_settings, read_config
 
 INDEX = "model.safetensors.index.json"
@@ -406,16 +407,12 @@ def measure_nmi(
 
     options = {"bins": settings["bins"], "projection_weights": settings["projection_weights"]}
     options["n_jobs"] = 1 if backend and n_jobs is None else n_jobs
-    with joblib.parallel_config(backend or "sequential", n_jobs=-1, **backend_options):
-        results = joblib.Parallel(return_as="generator_unordered")(
-            joblib.delayed(_layer_nmi)(block, options) for block in todo
-        )
-        bar = tqdm(
-            results, "NMI", len(blocks), initial=len(blocks) - len(todo), unit="layer", disable=not progress
-        )
-        for layer, R in bar:
-            with whole(files[layer]) as part, part.open("wb") as stream:
-                np.save(stream, R)
+    tasks = (joblib.delayed(_layer_nmi)(block, options) for block in todo)
+    results = unordered(tasks, backend, **backend_options)
+    already = len(blocks) - len(todo)
+    for layer, R in tqdm(results, "NMI", len(blocks), initial=already, unit="layer", disable=not progress):
+        with whole(files[layer]) as part, part.open("wb") as stream:
+            np.save(stream, R)
     settings |= {
         "model": _name(folder),
         "family": kind,

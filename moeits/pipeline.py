@@ -20,6 +20,7 @@ from moeits.paths import CACHE, DATA
 from moeits.profiles import HEALINGS, Profile, Protocol, Recipe
 from moeits.records import Record
 from moeits.selection import Selection, choose, select_layers
+from moeits.spread import unordered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -734,11 +735,10 @@ def do(
     say : callable
         Takes the lines of progress.
     backend : str, optional
-        Backend of joblib: ``"loky"`` for processes of this machine, ``"dask"`` or ``"ray"`` for a cluster
-        whose machines share this folder. Steps of a phase then run at once. What a lost worker did is done
-        again by another; after the loss of all, a second call does what is left.
+        See :func:`moeits.spread.unordered`. With one, the steps of a phase run at once. What a lost worker
+        did is done again by another; after the loss of all, a second call does what is left.
     **options
-        For the backend, such as ``scheduler_host`` for Dask, or ``n_jobs``.
+        For the backend.
 
     Returns
     -------
@@ -749,13 +749,10 @@ def do(
     found: dict[int, Any] = {}
     for phase in sorted({step.phase for step in steps}):
         numbered = [(number, step) for number, step in enumerate(steps) if step.phase == phase]
-        with joblib.parallel_config(backend or "sequential", **{"n_jobs": -1} | options):
-            results = joblib.Parallel(return_as="generator_unordered")(
-                joblib.delayed(_timed)(number, step) for number, step in numbered
-            )
-            for number, result, seconds in results:
-                found[number] = result
-                say(f"[{len(found):3}/{len(steps)}] {steps[number].label}: {seconds:.1f} s")
+        tasks = (joblib.delayed(_timed)(number, step) for number, step in numbered)
+        for number, result, seconds in unordered(tasks, backend, **options):
+            found[number] = result
+            say(f"[{len(found):3}/{len(steps)}] {steps[number].label}: {seconds:.1f} s")
     return [found[number] for number in range(len(steps))]
 
 

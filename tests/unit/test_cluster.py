@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -94,16 +95,36 @@ def test_later_phases_wait_for_earlier_ones(tmp_path):
     assert found == ["made", 4]
 
 
-def test_layers_of_the_nmi_are_spread_over_workers(cluster, tmp_path, monkeypatch):
+def test_a_backend_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match="install it beside the package"):
+        pipeline.do(steps(tmp_path / "records"), say=lambda _: None, backend="ray")
+    assert not (tmp_path / "records").exists()
+
+
+def layers_of_the_nmi(tmp_path, monkeypatch, **spread):
+    """Measure the NMI of a small model with a backend and without."""
     from tiny import tiny_model
 
     from moeits import checkpoint
 
-    monkeypatch.setattr(checkpoint, "CACHE", tmp_path / "cache")
     tiny_model("mixtral").save_pretrained(tmp_path / "model")
-    spread, _ = checkpoint.measure_nmi(
-        tmp_path / "model", backend="dask", scheduler_host=cluster[0].scheduler_address
-    )
-    monkeypatch.setattr(checkpoint, "CACHE", tmp_path / "other")
-    here, _ = checkpoint.measure_nmi(tmp_path / "model")
+    for name, options in {"cache": spread, "other": {}}.items():
+        monkeypatch.setattr(checkpoint, "CACHE", tmp_path / name)
+        yield checkpoint.measure_nmi(tmp_path / "model", **options)[0]
+
+
+def test_layers_of_the_nmi_are_spread_over_workers(cluster, tmp_path, monkeypatch):
+    address = cluster[0].scheduler_address
+    spread, here = layers_of_the_nmi(tmp_path, monkeypatch, backend="dask", scheduler_host=address)
+    assert joblib.hash(spread) == joblib.hash(here)
+
+
+def test_layers_of_the_nmi_are_spread_by_ray(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is no part of the environment")
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        spread, here = layers_of_the_nmi(tmp_path, monkeypatch, backend="ray")
+    finally:
+        ray.shutdown()
     assert joblib.hash(spread) == joblib.hash(here)
