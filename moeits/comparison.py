@@ -10,6 +10,7 @@ import gc
 import math
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -321,6 +322,11 @@ class Comparison:
         return rows, {"evenness": even}
 
     @cached_property
+    def _computed(self) -> dict[tuple[str | None, int], dict]:
+        """What criteria have computed, by the text that they read and the layer."""
+        return defaultdict(dict)
+
+    @cached_property
     def _known(self) -> "dict[str, dict[int, Statistics]]":
         return {}
 
@@ -344,12 +350,16 @@ class Comparison:
                 inputs["statistics"] = records.digest(self._statistics_inputs(text))
         return inputs
 
+    @property
+    def _oracle_tokens(self) -> int:
+        return min(ORACLE_TOKENS, self.profile.calibration_tokens)
+
     def _oracle_inputs(self) -> dict[str, Any]:
         return self._place | {
             "model": self.name,
             "fingerprint": self.study.fingerprint,
             "layers": ORACLE_LAYERS,
-            "tokens": min(ORACLE_TOKENS, self.profile.calibration_tokens),
+            "tokens": self._oracle_tokens,
             "statistics": records.digest(self._statistics_inputs("calibration")),
             "source": records.source_digest(_ORACLE_SOURCES),
             "lock": records.lock_digest(),
@@ -368,8 +378,7 @@ class Comparison:
             tried = {number: subsets(layer, layer.experts // 2) for number, layer in layers.items()}
         except ValueError as error:
             return [], {"impossible": str(error)}
-        tokens = min(ORACLE_TOKENS, self.profile.calibration_tokens)
-        blocks = corpus.blocks("calibration", self._tokenizer, length=128, tokens=tokens)
+        blocks = corpus.blocks("calibration", self._tokenizer, length=128, tokens=self._oracle_tokens)
         model = self.study.load()
         whole, rows, details = _losses(model, {}, blocks), [], {}
         for number, layer in layers.items():
@@ -463,7 +472,7 @@ class Comparison:
             number: replace(
                 layer,
                 seed=int(draw or 0) + self.profile.seed,
-                memory={},
+                memory=criteria.base.Memory(self._computed[text, number]),
                 **{place: statistics and statistics[number]},
             )
             for number, layer in self._layers.items()
@@ -482,8 +491,9 @@ class Comparison:
             blocks = {number: change.block for number, change in changes.items()}
             experts = [layers[number].experts for number in changes]
             stored = float(np.average([change.stored for change in changes.values()], weights=experts))
+        seconds = time.perf_counter() - start + sum(layer.memory.spared for layer in layers.values())
         cost = {
-            "selection seconds": (time.perf_counter() - start, "s"),
+            "selection seconds": (seconds, "s"),
             "selection memory": (records.peak_memory(), "bytes"),
             "calibration tokens": (self.profile.calibration_tokens if text == "calibration" else 0, "1"),
         }
@@ -819,7 +829,8 @@ def final_steps(
     """
     for name, methods in finalists(cells).items():
         of = partial(_one, profile.model_dump_json(), name)
-        for method, way in [(WHOLE, None), *product(methods, ways)]:
+        # The longest first, so that no process is left with one at the end.
+        for way, method in [*product(reversed(ways), methods), (None, WHOLE)]:
             yield Step(
                 "finals",
                 f"{name}: {method}, {way or 'as it is'}, benchmarks",

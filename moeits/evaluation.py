@@ -575,7 +575,8 @@ def log_losses(
                     for i, block, scores in zip(batch, ids, logits, strict=True):
                         # A few tokens at a time: the scores of all in float32 are memory first used.
                         parts = zip(scores[:-1].split(64), block[1:].split(64), strict=True)
-                        nats[i] = sum(cross_entropy(s.float(), t, reduction="sum").item() for s, t in parts)
+                        sums = [cross_entropy(s.float(), t, reduction="sum") for s, t in parts]
+                        nats[i] = sum(torch.stack(sums).tolist())
     finally:
         model.train(training)
     if not np.isfinite(nats).all():

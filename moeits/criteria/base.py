@@ -1,7 +1,9 @@
 """What a criterion takes and gives: weights and statistics of a layer in, kept experts out. Arrays only."""
 
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -112,6 +114,36 @@ class Statistics:
     routing: Routing | None
 
 
+@dataclass
+class Memory:
+    """What the budgets of a method, and methods that build on the same, share of a layer.
+
+    Attributes
+    ----------
+    known : dict
+        Key -> what was computed, and the seconds that it took.
+    asked : set
+        Keys that were asked for.
+    spared : float
+        Seconds that would have been needed had nothing been known at first.
+    """
+
+    known: dict[Hashable, tuple[object, float]] = field(default_factory=dict)
+    asked: set[Hashable] = field(default_factory=set)
+    spared: float = 0.0
+
+    def once(self, key: Hashable, compute: Callable[[], object]) -> object:
+        """Find something, or compute it."""
+        if key not in self.known:
+            start = time.perf_counter()
+            found = compute()
+            self.known[key] = found, time.perf_counter() - start
+        elif key not in self.asked:
+            self.spared += self.known[key][1]
+        self.asked.add(key)
+        return self.known[key][0]
+
+
 @dataclass(frozen=True)
 class Layer:
     """One Mixture-of-Experts layer, as criteria see it.
@@ -137,8 +169,8 @@ class Layer:
         them and every other layer is whole.
     seed : int
         Of random choices.
-    memory : dict
-        What :meth:`once` has computed.
+    memory : Memory
+        What :meth:`once` has computed. Of the weights and statistics alone, never of the seed.
     """
 
     number: int
@@ -150,7 +182,7 @@ class Layer:
     probe: Statistics | None = None
     loss: Callable[[Sequence[int]], float] | None = None
     seed: int = 0
-    memory: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
+    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
 
     @property
     def experts(self) -> int:
@@ -203,9 +235,7 @@ class Layer:
 
     def once(self, key: Hashable, compute: Callable[["Layer"], object]) -> object:
         """Compute something that several budgets share, and remember it."""
-        if key not in self.memory:
-            self.memory[key] = compute(self)
-        return self.memory[key]
+        return self.memory.once(key, partial(compute, self))
 
 
 class Change(NamedTuple):

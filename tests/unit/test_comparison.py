@@ -1,4 +1,5 @@
 import math
+import time
 from dataclasses import replace
 from itertools import combinations
 
@@ -14,6 +15,7 @@ from tiny import tiny_model, tokens
 from moeits import comparison, criteria, evaluation, pipeline, profiles, records, rivals
 from moeits.cli import main
 from moeits.comparison import Comparison
+from moeits.criteria import information
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
 from moeits.families import moe_layers
@@ -130,6 +132,27 @@ def test_the_same_experts_are_measured_once(compared, monkeypatch):
     assert values(again)["perplexity"] == values(first)["perplexity"]
     with pytest.raises(TypeError, match="not callable"):
         compared.cell("first", 0.5)
+
+
+def test_budgets_share_the_nmi_and_each_counts_its_seconds(compared, monkeypatch):
+    slow, calls = information.nmi_matrix, []
+
+    def measure(*args, **options):
+        calls.append(options["correction"])
+        time.sleep(0.1)
+        return slow(*args, **options)
+
+    monkeypatch.setattr(information, "nmi_matrix", measure)
+    layers = len(compared._layers)
+    for budget in (0.5, 0.75):
+        for method in ("moeits-null", "moeits-null-uniform"):
+            cell = compared.cell(method, budget)
+            alone = Comparison(compared.profile, "tiny")._choose(method, budget)
+            assert {int(layer): tuple(ids) for layer, ids in cell.details["kept"].items()} == alone.kept
+            assert values(cell)["selection seconds"] >= 0.1 * layers
+    assert len(calls) == (1 + 4) * layers
+    compared.cell("moeits-uniform", 0.5)
+    assert len(calls) == (1 + 4 + 1) * layers
 
 
 def test_the_own_budget_is_moeits_at_its_tau(compared):
@@ -374,9 +397,9 @@ def test_the_finalists_are_the_best_and_the_fixed_ones(compared):
     (found,) = comparison.finalists(cells).values()
     assert found == list(dict.fromkeys([best, "moeits", "random 0"]))
     labels = [step.label for step in comparison.final_steps(compared.profile, cells, [None, "refit"])]
-    assert labels[0] == "tiny: whole, as it is, benchmarks"
-    assert "tiny: random 0, refit, benchmarks" in labels
-    assert len(labels) == 1 + 2 * len(found)
+    healed = [f"tiny: {method}, refit, benchmarks" for method in found]
+    plain = [f"tiny: {method}, as it is, benchmarks" for method in found]
+    assert labels == [*healed, *plain, "tiny: whole, as it is, benchmarks"]
 
 
 def test_the_book_shows_the_larger_comparison(compared, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from moeits import criteria
 from moeits.criteria import clusters, compression, recombination, reconstruction
-from moeits.criteria.base import Layer, Routing, Statistics, best, largest, proportional, uniform
+from moeits.criteria.base import Layer, Memory, Routing, Statistics, best, largest, proportional, uniform
 from moeits.nmi import nmi_matrix
 from moeits.paths import BOOK
 from moeits.selection import select_experts, select_share
@@ -72,6 +73,20 @@ def run(block, x, expert):
     """What one expert computes of inputs (n, d)."""
     gate = x @ block["gate"][expert].T
     return (gate / (1 + np.exp(-gate)) * (x @ block["up"][expert].T)) @ block["down"][expert].T
+
+
+# Memory
+
+
+def test_what_was_known_before_counts_as_spared_once():
+    known = {}
+    first = Memory(known)
+    assert first.once("a", lambda: time.sleep(0.05) or 7) == first.once("a", lambda: 8) == 7
+    assert first.spared == 0
+    again = Memory(known)
+    assert again.once("b", lambda: 9) == 9
+    assert [again.once("a", lambda: 8) for _ in range(3)] == [7, 7, 7]
+    assert again.spared == known["a"][1] >= 0.05
 
 
 # Budgets
