@@ -10,12 +10,27 @@ from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtr
 
 from moeits import comparison, criteria, evaluation, records
 from moeits.comparison import FINAL, FORMATS, REFERENCE, Comparison, label, removes
 from moeits.paths import DATA
 from moeits.profiles import Profile
 from moeits.records import Record
+
+_COLUMNS = [
+    "model",
+    "method",
+    "budget",
+    "record",
+    "impossible",
+    "stored",
+    "bits per byte",
+    "stderr",
+    "perplexity",
+]
+_COLUMNS += ["selection seconds", "selection memory", "calibration tokens"]
+_COLUMNS += ["difference", "difference stderr", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ def _place(cell: Record) -> tuple[str, str, comparison.Budget]:
 
 
 def describe(names: Iterable[str] | Mapping[str, object] = criteria.CRITERIA) -> pd.DataFrame:
-    """Tabulate the methods: title, citation, definition, calibration, what is simplified."""
+    """Tabulate the methods: title, citation, definition, equation, calibration, what is simplified."""
     lines = []
     for name in names:
         entry = criteria.criterion(name)
@@ -89,6 +104,7 @@ def describe(names: Iterable[str] | Mapping[str, object] = criteria.CRITERIA) ->
                 "method": entry.title,
                 "citation": entry.citation,
                 "definition": entry.definition,
+                "equation": entry.equation,
                 "calibration": entry.needs_calibration,
                 "simplified": entry.simplified,
                 "kind": (
@@ -115,8 +131,8 @@ def table(cells: Iterable[Record]) -> pd.DataFrame:
     -------
     DataFrame
         One row per cell: model, method, budget, stored (share of the routed experts' bytes), bits per byte
-        with stderr, difference to MoEITS with its own stderr, perplexity, seconds and memory of the
-        selection, calibration tokens, impossible (why there is no number).
+        with stderr, difference to MoEITS with its own stderr and the :func:`verdict`, perplexity, seconds and
+        memory of the selection, calibration tokens, impossible (why there is no number).
     """
     cells = list(cells)
     by_key = {
@@ -138,9 +154,10 @@ def table(cells: Iterable[Record]) -> pd.DataFrame:
                 line[metric] = values[metric]["value"] if metric in values else None
             other = by_key.get((model, REFERENCE, budget))
             if other is not None and other.rows and method != REFERENCE:
-                line["difference"], line["difference stderr"] = paired(cell, other)
+                line["difference"], line["difference stderr"] = found = paired(cell, other)
+                line["verdict"] = verdict(*found)
         lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=_COLUMNS)
 
 
 def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
@@ -178,6 +195,18 @@ def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def verdict(difference: float, stderr: float) -> str:
+    """Name a difference in bits per byte, "better" or "worse" beyond two errors, else "no difference"."""
+    if abs(difference) <= 2 * stderr:
+        return "no difference"
+    return "better" if difference < 0 else "worse"
+
+
+def by_chance(blocks: int) -> float:
+    """Share of pairs of equals that :func:`verdict` would tell apart, by Student's t over so many blocks."""
+    return float(2 * stdtr(blocks - 1, -2))
+
+
 def paired(cell: Record, other: Record) -> tuple[float, float]:
     """Difference of two cells in bits per byte, and its standard error over the blocks of the same text."""
     if cell.details["bytes"] != other.details["bytes"]:
@@ -206,8 +235,7 @@ def differences(cells: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> pd
     -------
     DataFrame
         model, budget, first, second, difference (bits per byte of the first less those of the second) with
-        its stderr, and verdict: "better" or "worse" where it is more than two standard errors from zero, else
-        "no difference".
+        its stderr, and :func:`verdict`.
     """
     found: dict[tuple[str, comparison.Budget], dict[str, Record]] = {}
     for cell in cells:
@@ -218,9 +246,8 @@ def differences(cells: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> pd
     for ((model, budget), methods), (first, second) in product(found.items(), pairs):
         if first in methods and second in methods:
             value, error = paired(methods[first], methods[second])
-            verdict = "no difference" if abs(value) <= 2 * error else "better" if value < 0 else "worse"
             line = {"model": model, "budget": label(budget), "first": first, "second": second}
-            lines.append(line | {"difference": value, "stderr": error, "verdict": verdict})
+            lines.append(line | {"difference": value, "stderr": error, "verdict": verdict(value, error)})
     columns = ["model", "budget", "first", "second", "difference", "stderr", "verdict"]
     return pd.DataFrame(lines, columns=columns)
 

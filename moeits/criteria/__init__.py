@@ -51,6 +51,8 @@ class Criterion:
         Whether it reads statistics of random tokens.
     needs_loss : bool
         Whether it asks the model for its loss, once for each subset of a layer's experts.
+    equation : str
+        Its definition in symbols, as Markdown with LaTeX; the book's page of the methods explains them.
     score : callable, optional
         Layer -> importance of its experts (E,); those with the largest stay.
     choose : callable, optional
@@ -68,6 +70,7 @@ class Criterion:
     needs_calibration: bool = True
     needs_probe: bool = False
     needs_loss: bool = False
+    equation: str = ""
     score: Score | None = None
     choose: Choose | None = None
     change: Callable[[Layer, int], Change] | None = None
@@ -231,11 +234,14 @@ def select(
     return {number: criterion(name).keep(layer, chosen[number]) for number, layer in layers.items()}
 
 
-def _moeits(title: str, definition: str, *, diagonal: str = "zero", **options: object) -> Criterion:
+def _moeits(
+    title: str, definition: str, equation: str, *, diagonal: str = "zero", **options: object
+) -> Criterion:
     return Criterion(
         title,
         "balderas2026moeits",
         definition,
+        equation=equation,
         needs_calibration=False,
         choose=partial(information.moeits, **options),
         spread=partial(information.by_one_tau, diagonal=diagonal, **options),
@@ -248,6 +254,7 @@ _RANKED = {
         "muzio2024seermoe",
         "Keep the experts that most tokens are routed to.",
         "Counted once, without the source's fine-tuning.",
+        equation=r"$s_e = \lvert T_e \rvert / \lvert T \rvert$",
         score=router.frequency,
     ),
     "router-weight": Criterion(
@@ -255,6 +262,7 @@ _RANKED = {
         "muzio2024seermoe",
         "Keep the experts with the largest mean router weight over all tokens.",
         "Counted once, without the source's fine-tuning.",
+        equation=r"$s_e = \frac{1}{\lvert T \rvert} \sum_{x \in T_e} g_e(x)$",
         score=router.router_weight,
     ),
     "activation-norm": Criterion(
@@ -262,6 +270,7 @@ _RANKED = {
         "jaiswal2025experts",
         "Keep the experts whose outputs have the largest sum of norms over the tokens routed to them.",
         "One shot, where the source also prunes and estimates in turns.",
+        equation=r"$s_e = \sum_{x \in T_e} \lVert f_e(x) \rVert$",
         score=router.activation_norm,
     ),
     "reap": Criterion(
@@ -269,6 +278,7 @@ _RANKED = {
         "lasby2025reap",
         "Keep the experts with the largest mean, over the tokens routed to them, of router weight times norm "
         "of the output.",
+        equation=r"$s_e = \frac{1}{\lvert T_e \rvert} \sum_{x \in T_e} g_e(x) \lVert f_e(x) \rVert$",
         score=router.reap,
     ),
     "weight-product": Criterion(
@@ -277,37 +287,46 @@ _RANKED = {
         "Keep the experts whose neurons have the largest sum of the product of the norms of their gate, up "
         "and down weights.",
         needs_calibration=False,
+        equation=r"$s_e = \sum_{i \in e} \lVert G_i \rVert \, \lVert U_i \rVert \, \lVert D_i \rVert$",
         score=information.weight_product,
     ),
 }
 
 _MOEITS = {
     "moeits": _moeits(
-        "MoEITS", "Algorithm 3 on the plain mean of the projections' NMI, with the diagonal at 0."
+        "MoEITS",
+        "Algorithm 3 on the plain mean of the projections' NMI, with the diagonal at 0.",
+        r"while $\max R_{ef} > \bar R + \tau \, \mathrm{IQR}(R)$, remove of that pair the one with the "
+        r"larger $\sum_g R_{eg}$",
     ),
     "moeits-official": _moeits(
         "MoEITS, official weights",
         "The same with the projection weights of the authors' code, where it has some for the family.",
+        r"$R_{ef} = \sum_p a_p \mathrm{NMI}(W^p_e, W^p_f)$ with weights $a_p$ of the projections",
         preset="official",
     ),
     "moeits-exclude": _moeits(
         "MoEITS, no diagonal",
         "The same with mean and IQR over all entries off the diagonal.",
+        r"$\bar R$ and IQR over $e \neq f$",
         diagonal="exclude",
     ),
     "moeits-miller-madow": _moeits(
         "MoEITS, Miller-Madow",
         "The same with entropies corrected for their bias by Miller and Madow.",
+        r"$H \leftarrow H + (K - 1) / 2N$ with $K$ occupied cells and $N$ weights",
         correction="miller-madow",
     ),
     "moeits-null": _moeits(
         "MoEITS, less null",
         "The same with the NMI of shuffled weights subtracted from every pair's.",
+        r"$R_{ef} \leftarrow R_{ef} - R_{e \pi(f)}$, mean over shuffles $\pi$ of the weights",
         correction="null",
     ),
     "moeits-aligned": _moeits(
         "MoEITS, aligned",
         "The same with hidden neurons of every pair matched before their NMI is measured.",
+        r"$\mathrm{NMI}(W_e, P_{ef} W_f)$ with a permutation $P_{ef}$ of the neurons",
         align=True,
     ),
 }
@@ -318,6 +337,7 @@ CRITERIA: dict[str, Criterion] = {
         "",
         "Keep experts drawn at random.",
         needs_calibration=False,
+        equation=r"$P(S) = 1 / \binom{E}{n}$",
         choose=controls.random,
     ),
     "first": Criterion(
@@ -325,6 +345,7 @@ CRITERIA: dict[str, Criterion] = {
         "",
         "Keep the experts with the smallest numbers.",
         needs_calibration=False,
+        equation=r"$s_e = -e$",
         score=controls.first,
     ),
     "oracle": Criterion(
@@ -334,6 +355,7 @@ CRITERIA: dict[str, Criterion] = {
         "while every other layer is whole.",
         f"Where a layer has at most {controls.SUBSETS} subsets, and on a few layers alone.",
         needs_loss=True,
+        equation=r"$\arg\min_S \mathcal{L}(S)$",
         choose=controls.oracle,
     ),
     **_RANKED,
@@ -342,6 +364,7 @@ CRITERIA: dict[str, Criterion] = {
             entry,
             title=f"{entry.title}, global",
             definition=f"{entry.definition} All layers compete for one budget.",
+            equation=rf"{entry.equation}; $\sum_\ell \lvert S_\ell \rvert$ is given",
             spread=partial(across_layers, score=entry.score),
         )
         for name, entry in _RANKED.items()
@@ -352,6 +375,7 @@ CRITERIA: dict[str, Criterion] = {
         "Keep the subset with the least error of the layer's output on sampled tokens, each token "
         "routed anew.",
         f"All subsets are tried up to {reconstruction.SUBSETS:,}; above, experts go one by one.",
+        equation=r"$\arg\min_S \mathcal{E}(S)$",
         choose=reconstruction.lu,
     ),
     "moe-i2": Criterion(
@@ -361,6 +385,8 @@ CRITERIA: dict[str, Criterion] = {
         "then keep the subset with the least error of the layer's output.",
         "Damage is the error of the layer's output, not the model's loss; Lu et al.'s search replaces the "
         "genetic one; no search over blocks of layers, no fine-tuning.",
+        equation=r"$\lvert S_\ell \rvert \propto \sum_e \mathcal{E}_\ell(\overline{\{e\}})$, then "
+        r"$\arg\min_S \mathcal{E}(S)$",
         choose=reconstruction.lu,
         spread=reconstruction.by_layer_importance,
     ),
@@ -370,6 +396,7 @@ CRITERIA: dict[str, Criterion] = {
         "Replace every matrix of an expert by its best approximation of low rank.",
         "The same rank for all experts; no fine-tuning.",
         needs_calibration=False,
+        equation=r"$W_e \approx \sum_{i \le r} \sigma_i u_i v_i^\top$",
         change=compression.low_rank,
     ),
     "stun": Criterion(
@@ -379,6 +406,8 @@ CRITERIA: dict[str, Criterion] = {
         "nearest to its mean.",
         "The two similarities count equally, and groups are made by average linkage for an exact number; no "
         "reconstruction of small groups.",
+        equation=r"$d_{ef} = \lVert r_e - r_f \rVert + 1 - \lvert T_e \cap T_f \rvert$, both scaled to at "
+        r"most 1; of a group $C$ stays $\arg\min_{e \in C} \lVert w_e - \bar w_C \rVert$",
         choose=clusters.stun,
     ),
     "stun-sparse": Criterion(
@@ -388,6 +417,7 @@ CRITERIA: dict[str, Criterion] = {
         "with the least magnitude times norm of the input.",
         "As above; the norms are weighted by the router, every layer is thinned alike, and the mask counts "
         "as a bit per weight.",
+        equation=r"as above; then $s_{ij} = \lvert W_{ij} \rvert \, \lVert g_e x_j \rVert$ in each row $i$",
         change=compression.stun_sparse,
     ),
     "dern": Criterion(
@@ -397,6 +427,9 @@ CRITERIA: dict[str, Criterion] = {
         "similar kept neuron.",
         "One assignment to the nearest kept neuron above a cosine of "
         f"{recombination.SIMILAR:g} replaces the clustering inside each kept expert.",
+        equation=r"$i \to \arg\max_k \cos(w_i, w_k)$ and "
+        r"$w_k \leftarrow \sum_{i \to k} s_{e(i)} w_i / \sum_{i \to k} s_{e(i)}$, with the router weight "
+        r"for $s$",
         change=recombination.dern,
     ),
     "hc-smoe": Criterion(
@@ -404,6 +437,8 @@ CRITERIA: dict[str, Criterion] = {
         "chen2024hcsmoe",
         "Group experts with similar mean outputs by average linkage, and merge each group, weighted by use.",
         "Mean outputs are over sampled tokens.",
+        equation=r"$d_{ef} = \lVert \bar f_e - \bar f_f \rVert$, then "
+        r"$W_C = \sum_{e \in C} \lvert T_e \rvert W_e / \sum_{e \in C} \lvert T_e \rvert$",
         change=clusters.hc_smoe,
     ),
     "m-smoe": Criterion(
@@ -412,6 +447,9 @@ CRITERIA: dict[str, Criterion] = {
         "Let the most used experts lead groups, which the others join by similar router logits; align the "
         "neurons and merge each group, weighted by use.",
         "The same number of groups in each layer; no knowledge distillation, no low-rank stage.",
+        equation=r"$e \to \arg\max_{k \in S} \cos(h_e, h_k)$, then "
+        r"$W_C = \sum_{e \in C} \lvert T_e \rvert P_e W_e / \sum_{e \in C} \lvert T_e \rvert$ with "
+        r"permutations $P_e$",
         change=clusters.m_smoe,
     ),
     "moe-pruner": Criterion(
@@ -419,6 +457,7 @@ CRITERIA: dict[str, Criterion] = {
         "xie2024moepruner",
         "Zero in every row the weights with the least magnitude times norm of the router-weighted input.",
         "No distillation; the mask counts as a bit per weight.",
+        equation=r"$s_{ij} = \lvert W_{ij} \rvert \, \lVert g_e x_j \rVert$ in each row $i$",
         change=compression.moe_pruner,
     ),
     "mc-moe": Criterion(
@@ -427,6 +466,8 @@ CRITERIA: dict[str, Criterion] = {
         "Store every expert in as many bits as its use and its router weight deserve.",
         "Rounding to nearest replaces GPTQ, a greedy allocation the integer program; experts are not skipped "
         "while generating.",
+        equation=r"$\min_b \sum_e a_e \lVert w_e - Q_{b_e}(w_e) \rVert$ with "
+        r"$a_e^2 = \lvert T_e \rvert \sum_x g_e(x)$, the sum of the bits $b_e$ being given",
         change=compression.mc_moe,
     ),
     **_MOEITS,
@@ -435,6 +476,7 @@ CRITERIA: dict[str, Criterion] = {
             entry,
             title=f"{entry.title}, uniform",
             definition=f"{entry.definition} Every layer keeps the same share.",
+            equation=rf"{entry.equation}; $\lvert S_\ell \rvert = n$",
             spread=uniform,
         )
         for name, entry in _MOEITS.items()
@@ -447,6 +489,7 @@ CRITERIA: dict[str, Criterion] = {
         "tokens are drawn at random from the vocabulary.",
         needs_calibration=False,
         needs_probe=True,
+        equation=r"$s_e = \sum_{x \in T_e} \lVert f_e(x) \rVert$, $x$ drawn from the vocabulary",
         score=router.random_token_norm,
     ),
     "mop": Criterion(

@@ -30,6 +30,7 @@ from moeits.rivals import (
     paired,
     speed_table,
     table,
+    verdict,
 )
 from moeits.selection import Kept
 from moeits.surgery import load_model, prune_model
@@ -325,6 +326,15 @@ def test_differences_in_pairs_and_their_verdicts():
     assert found.budget.unique().tolist() == ["50%"]
     assert found.verdict.tolist() == ["better", "no difference", "worse"]
     assert found.difference[0] == pytest.approx(-2.8 / 3 / math.log(2))
+
+
+def test_equals_are_told_apart_as_often_as_chance_says():
+    rng, blocks, draws = np.random.default_rng(0), 12, 4000
+    verdicts = [verdict(*evaluation.ratio(rng.standard_normal(blocks), [5] * blocks)) for _ in range(draws)]
+    share = rivals.by_chance(blocks)
+    found = np.mean([name != "no difference" for name in verdicts])
+    assert abs(found - share) < 3 * math.sqrt(share * (1 - share) / draws)
+    assert rivals.by_chance(10**6) == pytest.approx(math.erfc(math.sqrt(2)), rel=1e-4)
 
 
 def test_cells_of_different_text_are_not_paired():

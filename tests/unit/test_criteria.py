@@ -622,3 +622,12 @@ def test_scores_that_are_not_finite_are_an_error():
 def test_criteria_load_no_deep_learning_framework():
     code = "import sys, moeits.criteria; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_measured_method_has_an_equation_that_a_table_can_hold():
+    for name, entry in criteria.CRITERIA.items():
+        assert bool(entry.equation) != entry.quoted_only, name
+        assert entry.equation.count("$") % 2 == 0, name
+        assert "|" not in entry.equation, name
+        for pair in ("{}", "()"):
+            assert entry.equation.count(pair[0]) == entry.equation.count(pair[1]), name

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import EXPERTS, tiny_model, tokens
 
-from moeits.families import FAMILIES, moe_layers
+from moeits.families import FAMILIES, decoder_layers, moe_layers
 from moeits.refit import least_squares, refit_model
 from moeits.surgery import prune_model
 from moeits.unstack import ExpertList
@@ -105,6 +105,31 @@ def test_lost_copies_are_recovered():
     prune_model(model, {layer.layer: [0, *range(2, EXPERTS)] for layer in moe_layers(model)})
     report = refit_model(model, original, tokens(batch=64, length=32), ridge=1e-6)
     assert all(entry.after < 1e-5 < entry.before for entry in report)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "passes"),
+    [(4, 1), (2, 1), (1, 1), (3, 2)],
+    ids=["one batch", "two equal", "four equal", "two unequal"],
+)
+def test_batches_change_nothing_and_equal_ones_pass_the_whole_model_once(batch_size, passes):
+    original = tiny_model("qwen2_moe")
+    blocks = tokens(seed=1, batch=4, length=16)
+
+    def refitted(size):
+        kept = {layer.layer: range(5) for layer in moe_layers(original)}
+        model = prune_model(copy.deepcopy(original), kept)
+        last, calls = decoder_layers(model)[1][-1], []
+        last.register_forward_hook(lambda *_: calls.append(1))
+        refit_model(model, original, blocks, batch_size=size)
+        down = [expert.down.weight for layer in moe_layers(model) for expert in ExpertList(layer).experts]
+        return down, len(calls)
+
+    together, _ = refitted(4)
+    found, calls = refitted(batch_size)
+    torch.testing.assert_close(found, together, rtol=1e-3, atol=1e-4)
+    batches = -(-4 // batch_size)
+    assert calls == passes + 2 * batches  # looked at and passed, by every batch
 
 
 def test_models_of_different_depth_are_refused():
