@@ -251,6 +251,7 @@ def rivals(
             models=models,
             methods=methods or everything,
             budgets=[own if own == comparison.OWN else float(own) for own in budgets] or comparison.BUDGETS,
+            draws=comparison.DRAWS,
         )
     )
     spread = {"say": click.echo, **_backend_options(backend, scheduler)}

@@ -51,6 +51,9 @@ FINAL = 0.5
 FINALISTS = (REFERENCE, "reap", "random-token-norm", "random 0")
 """Methods that always are among the finalists, beside the one with the fewest bits per byte."""
 
+DRAWS = 12
+"""Random subsets at the budget :data:`FINAL` in a whole comparison: the methods' place is among them."""
+
 ORACLE_LAYERS = 3
 """Layers, spread evenly over a model, whose subsets the oracle tries."""
 
@@ -100,12 +103,12 @@ class Comparison:
 
     @property
     def methods(self) -> list[str]:
-        """Every method that is measured in cells, a random one for each of the profile's draws."""
+        """Every method that is measured in cells, a random one for each draw."""
         return [
             label
             for name, criterion in criteria.CRITERIA.items()
             if not (criterion.quoted_only or criterion.needs_loss)
-            for label in (_random_draws(self.profile) if name == "random" else [name])
+            for label in (_draws(self.profile, DRAWS) if name == "random" else [name])
         ]
 
     def statistics(self, text: str) -> "dict[int, Statistics]":
@@ -710,6 +713,7 @@ def steps(
     models: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     budgets: Sequence[Budget] | None = None,
+    draws: int = 0,
 ) -> Iterator[Step]:
     """List the measurements of a comparison, in order.
 
@@ -722,6 +726,8 @@ def steps(
         The settings.
     models, methods, budgets : sequence, optional
         The profile's by default.
+    draws : int
+        Random subsets at the budget :data:`FINAL`, if more than the profile's.
     """
     methods = profile.rivals if methods is None else methods
     budgets = profile.rival_budgets if budgets is None else budgets
@@ -730,7 +736,7 @@ def steps(
         chosen = [
             draw
             for method in methods
-            for draw in (_random_draws(profile) if method == "random" else [method])
+            for draw in (_draws(profile, draws) if method == "random" else [method])
         ]
         yield Step("rivals", f"{name}: {WHOLE} model", lambda of=of: of().cell(WHOLE, 1.0), name)
         for text in sorted({text for method in methods if (text := _text(method))}):
@@ -747,6 +753,8 @@ def steps(
                 yield Step("rivals", f"{name}: {method}", lambda of=of: of().oracle(), name)
                 continue
             for budget in budgets:
+                if budget != FINAL and method in _draws(profile, draws) and method not in _draws(profile):
+                    continue
                 # With the numbers of experts given, what differs by their spread alone is one method.
                 functions = criteria.criterion(method.split()[0]).functions[:3]
                 first = same.setdefault(records.digest([functions, method.split()[1:]]), method)
@@ -800,17 +808,19 @@ def finalists(cells: Iterable[Record]) -> dict[str, list[str]]:
     -------
     dict of str to list of str
         Model -> methods: those of :data:`FINALISTS` that were measured at the budget :data:`FINAL`, and the
-        one with the fewest bits per byte of all that leave fewer experts, if it is another.
+        one with the fewest bits per byte of all that leave fewer experts, if it is another and no lucky draw.
     """
     quality: dict[str, dict[str, float]] = {}
     for cell in cells:
         if cell.rows and cell.inputs["budget"] == FINAL and removes(cell):
             (bits,) = (row["value"] for row in cell.rows if row["metric"] == "bits per byte")
             quality.setdefault(cell.inputs["model"], {})[cell.inputs["method"]] = bits
-    return {
-        model: list(dict.fromkeys([min(found, key=found.__getitem__), *(m for m in FINALISTS if m in found)]))
-        for model, found in quality.items()
-    }
+    chosen = {}
+    for model, found in quality.items():
+        best = min((name for name in found if not name.startswith("random ")), key=found.get, default=None)
+        fixed = [name for name in FINALISTS if name in found]
+        chosen[model] = list(dict.fromkeys([best, *fixed] if best else fixed))
+    return chosen
 
 
 def final_steps(
@@ -856,8 +866,9 @@ def _text(method: str) -> str | None:
     return "random" if criterion.needs_probe else None
 
 
-def _random_draws(profile: Profile) -> list[str]:
-    return [f"random {draw}" for draw in range(max(profile.random_draws, 1))]
+def _draws(profile: Profile, more: int = 0) -> list[str]:
+    """Name the random methods: as many as the profile says, or more."""
+    return [f"random {draw}" for draw in range(max(profile.random_draws, more, 1))]
 
 
 def _reset_peak() -> None:

@@ -157,7 +157,7 @@ def table(cells: Iterable[Record]) -> pd.DataFrame:
                 line["difference"], line["difference stderr"] = found = paired(cell, other)
                 line["verdict"] = verdict(*found)
         lines.append(line)
-    return pd.DataFrame(lines, columns=_COLUMNS)
+    return pd.DataFrame(lines, columns=_COLUMNS).astype({"difference": float, "difference stderr": float})
 
 
 def finals_table(finals: Iterable[Record]) -> pd.DataFrame:

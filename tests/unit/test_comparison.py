@@ -466,6 +466,19 @@ def test_methods_that_differ_by_their_spread_are_measured_once_where_it_is_given
     assert by_spread[0] == by_spread[1]
 
 
+def test_more_random_draws_are_made_at_the_budget_of_the_finalists_alone(compared):
+    steps = comparison.steps(compared.profile, methods=["random"], budgets=[0.25, comparison.FINAL], draws=4)
+    labels = [step.label for step in steps if "random" in step.label]
+    assert labels == [
+        *(f"tiny: random {draw}, {share}" for draw in range(2) for share in ("25%", "50%")),
+        *(f"tiny: random {draw}, 50%" for draw in (2, 3)),
+    ]
+    found = compared.cell("random 3", comparison.FINAL)
+    assert found in compared.found()
+    # A lucky draw is no finalist by its luck.
+    assert comparison.finalists([found]) == {"tiny": []}
+
+
 def test_overlap_by_hand():
     assert jaccard([0, 1, 2], [1, 2, 3]) == 0.5
     kept = {"moeits": {"1": [0, 1], "2": [0]}, "reap": {"1": [0, 1], "2": [1]}, "mc-moe": {"1": [0, 1, 2, 3]}}
