@@ -333,17 +333,22 @@ class Comparison:
     def _known(self) -> "dict[str, dict[int, Statistics]]":
         return {}
 
-    def _inputs(self, method: str, budget: Budget) -> dict[str, Any]:
-        inputs = self._place | {
+    def _of_model(self, sources: Sequence[str]) -> dict[str, Any]:
+        """Name what every record of this model depends on; `sources` are modules."""
+        return self._place | {
             "model": self.name,
             "fingerprint": self.study.fingerprint,
+            "source": records.source_digest(sources),
+            "lock": records.lock_digest(),
+        }
+
+    def _inputs(self, method: str, budget: Budget) -> dict[str, Any]:
+        inputs = self._of_model(_SOURCES) | {
             "method": method,
             "budget": budget,
             "counts": {str(layer): count for layer, count in self.counts.items()} if budget == OWN else None,
             "heldout_tokens": self.profile.heldout_tokens,
             "statistics": None,
-            "source": records.source_digest(_SOURCES),
-            "lock": records.lock_digest(),
         }
         if method != WHOLE:
             criterion = criteria.criterion(method.split()[0])
@@ -358,14 +363,10 @@ class Comparison:
         return min(ORACLE_TOKENS, self.profile.calibration_tokens)
 
     def _oracle_inputs(self) -> dict[str, Any]:
-        return self._place | {
-            "model": self.name,
-            "fingerprint": self.study.fingerprint,
+        return self._of_model(_ORACLE_SOURCES) | {
             "layers": ORACLE_LAYERS,
             "tokens": self._oracle_tokens,
             "statistics": records.digest(self._statistics_inputs("calibration")),
-            "source": records.source_digest(_ORACLE_SOURCES),
-            "lock": records.lock_digest(),
         }
 
     def _try_subsets(self) -> tuple[list[dict], dict]:
@@ -410,14 +411,7 @@ class Comparison:
         return rows, {"layers": details, "whole": np.round(whole, 6).tolist()}
 
     def _speed_inputs(self, form: str, share: float) -> dict[str, Any]:
-        return self._place | {
-            "model": self.name,
-            "fingerprint": self.study.fingerprint,
-            "form": form,
-            "share": share,
-            "source": records.source_digest(_SPEED_SOURCES),
-            "lock": records.lock_digest(),
-        }
+        return self._of_model(_SPEED_SOURCES) | {"form": form, "share": share}
 
     def _time(self, form: str, share: float) -> tuple[list[dict], dict]:
         kept = {n: range(count) for n, count in criteria.base.uniform(self._layers, share).items()}
