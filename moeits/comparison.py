@@ -533,7 +533,7 @@ class Comparison:
                 healed = restore(
                     model,
                     self._tokenizer,
-                    Path(work),
+                    Path(work) / "healing",
                     original=self.study.load if "refit" in way else None,
                     refit_tokens=profile.refit_tokens,
                     recipe=profile.healing if "lora" in way else None,

@@ -19,6 +19,7 @@ from moeits.criteria import information
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
 from moeits.families import moe_layers
+from moeits.healing import heal_model
 from moeits.refit import refit_model
 from moeits.rivals import (
     chance_jaccard,
@@ -39,6 +40,8 @@ from moeits.surgery import load_model, prune_model
 class Letters:
     """A tokenizer whose token n is written as n letters."""
 
+    pad_token_id = eos_token_id = 0
+
     def decode(self, ids, **_):
         return "".join("x" * int(i) for i in ids)
 
@@ -57,6 +60,7 @@ def compared(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(Comparison, "_tokenizer", Letters())
     texts = {"calibration": tokens(seed=1, batch=4, length=20), "heldout": tokens(seed=2, batch=5, length=12)}
+    texts["healing"] = HEALING
     monkeypatch.setattr("moeits.corpus.blocks", lambda part, *_, **__: texts[part].numpy())
     settings = profiles.load("laptop").models["smol-qwen"].model_copy(update={"source": str(folder)})
     profile = profiles.load(
@@ -77,6 +81,7 @@ def values(cell):
 
 
 HELDOUT = tokens(seed=2, batch=5, length=12)
+HEALING = tokens(seed=4, batch=24, length=16)
 
 
 def test_a_cell_measures_the_model_that_the_criterion_leaves(compared, folder):
@@ -377,6 +382,22 @@ def test_a_final_is_healed_before_it_is_measured(scored, folder):
     assert [record.id for record in scored.finals_found()] == [final.id]
 
 
+def test_a_final_is_healed_by_lora_and_by_both(scored, folder, tmp_path):
+    calibration = tokens(seed=1, batch=4, length=20)
+    whole = load_model(folder, dtype=torch.float32)
+    kept = criteria.select("first", layers_of(whole), share=0.5)
+    for way in ("lora", "refit + lora"):
+        pruned = prune_model(load_model(folder, dtype=torch.float32), kept)
+        if "refit" in way:
+            refit_model(pruned, whole, calibration)
+        heal_model(pruned, Letters(), scored.profile.healing, tmp_path / way)
+        rows = scored.final("first", way).rows
+        found = {row["metric"]: row["value"] for row in rows if row["task"] == "heldout"}
+        assert found["perplexity"] == pytest.approx(evaluation.perplexity(pruned, HELDOUT)["value"], rel=1e-4)
+        assert {row["task"] for row in rows if row["metric"] == "seconds"} == set(way.split(" + "))
+    assert found["perplexity"] != pytest.approx(values(scored.cell("first", 0.5))["perplexity"], rel=1e-3)
+
+
 def test_the_whole_model_is_a_final_too(scored):
     bits = {row["metric"]: row["value"] for row in scored.final("whole").rows if row["task"] == "heldout"}
     assert bits["bits per byte"] == values(scored.cell("whole", 1.0))["bits per byte"]
@@ -401,7 +422,7 @@ def test_the_finalists_are_the_best_and_the_fixed_ones(compared):
     removing = {
         method: values(cell)["bits per byte"]
         for method, cell in zip(methods, cells[::2], strict=True)
-        if method != "moe-pruner"
+        if method != "moe-pruner" and "random" not in method
     }
     best = min(removing, key=removing.get)
     (found,) = comparison.finalists(cells).values()

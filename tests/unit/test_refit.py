@@ -108,12 +108,15 @@ def test_lost_copies_are_recovered():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "passes"),
-    [(4, 1), (2, 1), (1, 1), (3, 2)],
-    ids=["one batch", "two equal", "four equal", "two unequal"],
+    ("batch_size", "attention", "passes"),
+    [(4, "eager", 1), (2, "eager", 1), (1, "eager", 1), (3, "eager", 2), (3, "sdpa", 1)],
+    ids=["one batch", "two equal", "four equal", "two masks", "two without a mask"],
 )
-def test_batches_change_nothing_and_equal_ones_pass_the_whole_model_once(batch_size, passes):
+def test_batches_change_nothing_and_those_of_one_mask_pass_the_whole_model_once(
+    batch_size, attention, passes
+):
     original = tiny_model("qwen2_moe")
+    original.set_attn_implementation(attention)
     blocks = tokens(seed=1, batch=4, length=16)
 
     def refitted(size):
