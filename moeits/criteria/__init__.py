@@ -363,8 +363,8 @@ CRITERIA: dict[str, Criterion] = {
         f"{name}-global": replace(
             entry,
             title=f"{entry.title}, global",
-            definition=f"{entry.definition} All layers compete for one budget.",
-            equation=rf"{entry.equation}; $\sum_\ell \lvert S_\ell \rvert$ is given",
+            definition=f"As {entry.title}, but the experts of all layers compete for one budget.",
+            equation=r"$\sum_\ell \lvert S_\ell \rvert$ is given",
             spread=partial(across_layers, score=entry.score),
         )
         for name, entry in _RANKED.items()
@@ -475,8 +475,8 @@ CRITERIA: dict[str, Criterion] = {
         f"{name}-uniform": replace(
             entry,
             title=f"{entry.title}, uniform",
-            definition=f"{entry.definition} Every layer keeps the same share.",
-            equation=rf"{entry.equation}; $\lvert S_\ell \rvert = n$",
+            definition=f"As {entry.title}, but every layer keeps the same share.",
+            equation=r"$\lvert S_\ell \rvert = n$",
             spread=uniform,
         )
         for name, entry in _MOEITS.items()
