@@ -417,7 +417,7 @@ CRITERIA: dict[str, Criterion] = {
         "with the least magnitude times norm of the input.",
         "As above; the norms are weighted by the router, every layer is thinned alike, and the mask counts "
         "as a bit per weight.",
-        equation=r"as above; then $s_{ij} = \lvert W_{ij} \rvert \, \lVert g_e x_j \rVert$ in each row $i$",
+        equation=r"$s_{ij} = \lvert W_{ij} \rvert \, \lVert g_e x_j \rVert$ in each row $i$",
         change=compression.stun_sparse,
     ),
     "dern": Criterion(
