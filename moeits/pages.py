@@ -101,10 +101,12 @@ def find_record(record: str, folder: Path) -> Path:
     Raises
     ------
     ValueError
-        If neither the folder nor its subfolders hold it.
+        If neither the folder nor the profiles' folders in its ``results`` and ``reference`` hold it.
     """
-    # What was measured here, in results, goes before the copy in reference.
-    path = max(Path(folder).rglob(f"*-{record}.json"), default=None)
+    # What was measured here, in results, goes before the copy in reference. Elsewhere others may be writing.
+    places = ("", "reference/*/", "results/*/")
+    found = (path for place in places for path in Path(folder).glob(f"{place}*-{record}.json"))
+    path = max(found, default=None)
     if path is None:
         raise ValueError(f"a figure or table names the record {record!r}, which is not in {folder}")
     return path

@@ -4,6 +4,7 @@ import nbformat
 import pytest
 
 from moeits import records, run
+from moeits.pages import find_record
 from moeits.paths import ROOT
 from moeits.run import NotebookError, Parameter, check_parameters, inspect, run_notebook
 
@@ -315,3 +316,15 @@ def test_home_folder_is_shortened(monkeypatch, tmp_path):
         "data": {"text/plain": "~/x", "image/png": f"{tmp_path}"},
         "text": ["in ~"],
     }
+
+
+def test_a_record_is_found_where_records_lie_and_nowhere_else(tmp_path):
+    for place in ("reference/laptop", "results/laptop", "figures/page"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "scores-0123.json").touch()
+    assert find_record("0123", tmp_path) == tmp_path / "results/laptop/scores-0123.json"
+    (tmp_path / "results/laptop/scores-0123.json").unlink()
+    assert find_record("0123", tmp_path) == tmp_path / "reference/laptop/scores-0123.json"
+    (tmp_path / "reference/laptop/scores-0123.json").unlink()
+    with pytest.raises(ValueError, match="names the record '0123', which is not in"):
+        find_record("0123", tmp_path)
