@@ -725,6 +725,7 @@ def steps(
     """
     methods = profile.rivals if methods is None else methods
     budgets = profile.rival_budgets if budgets is None else budgets
+    more = {*_draws(profile, draws)} - {*_draws(profile)}
     for name in (profile.rival_models or profile.models) if models is None else models:
         of = partial(_one, profile.model_dump_json(), name)
         chosen = [
@@ -747,7 +748,7 @@ def steps(
                 yield Step("rivals", f"{name}: {method}", lambda of=of: of().oracle(), name)
                 continue
             for budget in budgets:
-                if budget != FINAL and method in _draws(profile, draws) and method not in _draws(profile):
+                if budget != FINAL and method in more:
                     continue
                 # With the numbers of experts given, what differs by their spread alone is one method.
                 functions = criteria.criterion(method.split()[0]).functions[:3]
