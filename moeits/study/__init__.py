@@ -1,0 +1,1 @@
+"""The study: trained models, their text, and what is measured on them."""
