@@ -236,8 +236,9 @@ def train(
                 group["lr"] = schedule.rate(step)
             batch = torch.from_numpy(batches[step].astype(np.int64)).to(device)
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-            balance = sum(balancing_loss(*pair) for pair in held.values()) / max(1, len(held))
-            spread = sum(z_loss(logits) for logits, _ in held.values()) / max(1, len(held))
+            none = torch.zeros(1)
+            balance = torch.stack([balancing_loss(*pair) for pair in held.values()] or [none]).mean()
+            spread = torch.stack([z_loss(logits) for logits, _ in held.values()] or [none]).mean()
             (loss + schedule.balance * balance + schedule.z * spread).backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             if not math.isfinite(loss.item() + norm.item()):
@@ -247,7 +248,7 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            record["loss"][step], record["balance"][step] = loss.item(), float(balance)
+            record["loss"][step], record["balance"][step] = loss.item(), balance.item()
             record["seconds"][step] = time.process_time() - clock
             step += 1
             observed(step)
