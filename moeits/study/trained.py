@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -49,8 +50,8 @@ BRANCHES = (("science",), ("medicine",), ("mathematics", "code"), ("stories", "g
 """Domains on which each copy of the FFN is trained before the mix (btm)."""
 
 SLICES, COPIES = 4, 4
-HALF = 368
-"""Optimiser steps of a parent: half of the learning-rate curve of the matched set, 1.5 million tokens."""
+HALF = 592
+"""Optimiser steps of a parent: half of the learning-rate curve, 1.2 million tokens."""
 
 _BASE = {
     "vocab_size": corpus.VOCABULARY,
@@ -212,7 +213,7 @@ def matched(seed: int, half: int = HALF) -> list[Plan]:
     first, second = _with(curve, curve=(0, 0.5)), _with(curve, curve=(0.5, 1))
     parent = f"parent-{seed}"
     names = [f"branch-{seed}-{domains[0]}" for domains in BRANCHES]
-    branch = _with(curve, steps=half // 8, curve=(0.5, 0.75), warmup=10)
+    branch = _with(curve, steps=half // 8, curve=(0.5, 0.75), warmup=20)
     mix = _with(curve, steps=half // 2, curve=(0.75, 1))
     child = {"seed": seed, "parents": (parent,), "first": tokens}
     return [
@@ -398,7 +399,8 @@ def make(plan: Plan, *, progress: bool = False) -> Path:
 def begin(plan: Plan) -> PreTrainedModel:
     """Build the model of a plan before its first step, in float32."""
     torch.manual_seed(plan.seed)
-    model = AutoModelForCausalLM.from_config(plan.config, dtype=torch.float32)
+    # A model writes into its configuration; the plan's stays as it is.
+    model = AutoModelForCausalLM.from_config(deepcopy(plan.config), dtype=torch.float32)
     with torch.no_grad():
         plan.begin(model, plan, [load(parent) for parent in plan.parents])
     return model

@@ -54,11 +54,11 @@ class Schedule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int
-    rows: int = 16
+    rows: int = 8
     context: int = 256
     curve: tuple[float, float] = (0.0, 1.0)
-    learning_rate: float = 3e-3
-    warmup: int = 20
+    learning_rate: float = 5e-3
+    warmup: int = 40
     weight_decay: float = 0.1
     clip: float = 1.0
     balance: float = 0.01
