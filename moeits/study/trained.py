@@ -290,6 +290,11 @@ def find(name: str) -> Plan:
     return known[name]
 
 
+def finished() -> list[str]:
+    """Name the models that are trained and kept."""
+    return [name for name, plan in plans().items() if plan.kept and (plan.folder / FACTS).exists()]
+
+
 def load(name: str) -> PreTrainedModel:
     """Load a finished model in float32.
 
