@@ -48,8 +48,7 @@ def card(name: str) -> str:
     joules = cost["joules"]
     energy = ", ".join(f"{value:.0f} J ({device})" for device, value in joules.items()) if joules else None
     facts = {
-        "class": settings["config"]["architectures"][0] if "architectures" in settings["config"] else None,
-        "model type": settings["config"]["model_type"],
+        "class": trained.architecture(name),
         "parameters": f"{told['parameters']:,}",
         "begins as": how,
         "seed": settings["seed"],
@@ -64,7 +63,7 @@ def card(name: str) -> str:
         "versions": ", ".join(f"{key} {value}" for key, value in where["versions"].items()),
         "SHA-256 of the weights": told["weights"],
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
 license: cc-by-sa-4.0
 library_name: transformers

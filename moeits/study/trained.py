@@ -330,6 +330,11 @@ def facts(name: str) -> dict[str, Any]:
     return json.loads((find(name).folder / FACTS).read_text())
 
 
+def architecture(name: str) -> str:
+    """Read the class of a finished model."""
+    return json.loads((find(name).folder / "config.json").read_text())["architectures"][0]
+
+
 def make(plan: Plan, *, progress: bool = False) -> Path:
     """Train a model, resume its training, or find it finished.
 

@@ -74,7 +74,7 @@ def test_a_shipped_model_runs_without_this_package_and_is_pruned_and_scored(name
         [sys.executable, "-c", STOCK, str(folder)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == trained.facts(name)["settings"]["config"]["architectures"][0]
+    assert done.stdout.strip() == trained.architecture(name)
     pruned = tmp_path / "pruned"
     run = CliRunner().invoke(main, ["prune", str(folder), "--tau", "1.25", "-o", str(pruned)])
     assert run.exit_code == 0, run.output
