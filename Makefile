@@ -69,7 +69,7 @@ paper-check: env ## take the whole chain through stand-ins of the paper's models
 	$(RUN)python benchmarks/standins.py
 
 reference: env ## copy the laptop profile's records to data/reference and their table into the README
-	$(RUN)python -m moeits.reference
+	$(RUN)python -m moeits.study.reference
 
 clean: ## delete the built book, the executed notebooks and the figures (models and records stay)
 	rm -rf book/_build book/notebooks data/figures

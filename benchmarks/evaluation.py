@@ -17,10 +17,11 @@ from lm_eval.evaluator import evaluate as run
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from moeits import evaluation, profiles, records
-from moeits.paths import DATA, ROOT
-from moeits.pipeline import Study
-from moeits.surgery import load_model
+from moeits import evaluation
+from moeits.machine.paths import DATA, ROOT
+from moeits.models.folder import load_model
+from moeits.study import profiles, records
+from moeits.study.pipeline import Study
 
 MODEL = "smol-qwen"
 BATCH_SIZE = 8
@@ -72,7 +73,7 @@ def measure(folder: Path, dtype: str, shots: int, limit: int, repeats: int) -> l
     Returns
     -------
     list of dict
-        Tidy rows (see :func:`moeits.records.row`): seconds of both ways, and answers that differ.
+        Tidy rows (see :func:`moeits.study.records.row`): seconds of both ways, and answers that differ.
     """
     rows = []
     for repeat in range(repeats):
@@ -120,7 +121,9 @@ def main(shots: tuple[int, ...], dtype: tuple[str, ...], limit: int, repeats: in
             "shots": count,
             "limit": limit,
             "repeats": repeats,
-            "source": records.source_digest(("evaluation", "shared_prefix", "unstack")),
+            "source": records.source_digest(
+                ("evaluation/__init__", "evaluation/shared_prefix", "models/unstack")
+            ),
             "benchmark": records.file_digest(ROOT / "benchmarks" / "evaluation.py"),
             "lock": records.lock_digest(),
         }

@@ -27,11 +27,12 @@ from sklearn.metrics import mutual_info_score
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING
 
-from moeits import records
-from moeits.checkpoint import ExpertBlock, Projection, expert_blocks
-from moeits.nmi import discretise, nmi, nmi_matrix, projection_nmi
-from moeits.paths import DATA, ROOT
-from moeits.standin import heavy_tailed
+from moeits.histograms import discretise
+from moeits.machine.paths import DATA, ROOT
+from moeits.models.checkpoint import ExpertBlock, Projection, expert_blocks
+from moeits.nmi import nmi, nmi_matrix, projection_nmi
+from moeits.study import records
+from moeits.study.standin import heavy_tailed
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def measure(quick: bool = False) -> list[dict]:
     Returns
     -------
     list of dict
-        Tidy rows (see :func:`moeits.records.row`).
+        Tidy rows (see :func:`moeits.study.records.row`).
     """
     rows = []
     layers = QUICK if quick else LAYERS
@@ -375,7 +376,7 @@ def main(quick: bool, profile: str, output: Path | None, folder: Path | None, pa
     else:
         inputs = {
             "quick": quick,
-            "source": records.source_digest(("nmi", "checkpoint")),
+            "source": records.source_digest(("nmi", "histograms", "models/checkpoint", "models/safetensors")),
             "benchmark": records.file_digest(ROOT / "benchmarks" / "nmi.py"),
         }
         rows = records.remember(

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import click
 
-from moeits import records
-from moeits.paths import DATA, ROOT
-from moeits.standin import names
+from moeits.machine.paths import DATA, ROOT
+from moeits.study import records
+from moeits.study.standin import names
 
 SAVING = {"standin": "whole", "prune": "pruned", "heal": "healed"}  # step -> the folder that it writes
 RECIPE = ["steps=1", "batch_size=1", "accumulation=1", "max_tokens=64", "rank=8"]
@@ -34,7 +34,7 @@ def run(*arguments: object) -> tuple[float, float]:
 
 
 def measure(name: str, layers: int, shrink: int, disk: Path | None) -> list[dict]:
-    """Take a stand-in through the chain; return tidy rows (see :func:`moeits.records.row`)."""
+    """Take a stand-in through the chain; return tidy rows (see :func:`moeits.study.records.row`)."""
     rows = []
     with tempfile.TemporaryDirectory(dir=disk) as scratch:
         at = Path(scratch)

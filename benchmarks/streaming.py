@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig
 
-from moeits.checkpoint import prune_checkpoint
-from moeits.selection import Kept
-from moeits.surgery import hollow_model
+from moeits.kept import Kept
+from moeits.models.checkpoint import prune_checkpoint
+from moeits.models.folder import hollow_model
 
 EXPERTS, KEPT = 60, 30
 

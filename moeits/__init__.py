@@ -5,15 +5,17 @@ The package is lazy: importing :mod:`moeits` or :mod:`moeits.nmi` loads no deep-
 
 from importlib import import_module
 
+# Not lazy: loaded later, the module would take the name of its function.
+from moeits.simplify import simplify as simplify
+
 _LAZY = {
-    "load_model": "moeits.surgery",
+    "load_model": "moeits.models.folder",
     "nmi_matrix": "moeits.nmi",
-    "prune_model": "moeits.surgery",
-    "save_model": "moeits.surgery",
+    "prune_model": "moeits.models.surgery",
+    "save_model": "moeits.models.folder",
     "select_experts": "moeits.selection",
-    "simplify": "moeits.pipeline",
 }
-__all__ = sorted(_LAZY)
+__all__ = sorted([*_LAZY, "simplify"])
 
 
 def __getattr__(name: str) -> object:
@@ -23,4 +25,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

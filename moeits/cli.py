@@ -29,7 +29,7 @@ def miniature(name: str, output: Path) -> None:
     """Make the laptop model NAME: smol-mixtral, smol-qwen, smol-deepseek, or dense, their common origin."""
     import json
 
-    from moeits.miniature import build
+    from moeits.study.miniature import build
 
     report = json.loads((build(name, output) / "miniature.json").read_text())
     click.echo(json.dumps(report, indent=1))
@@ -73,7 +73,8 @@ def evaluate(
     """Score the model in FOLDER on benchmark questions."""
     import json
 
-    from moeits import devices, evaluation
+    from moeits import evaluation
+    from moeits.machine import devices
 
     names = list(evaluation.TASKS) if tasks == "all" else [name for name in tasks.split(",") if name]
     evaluation.check_tasks(names)
@@ -81,8 +82,8 @@ def evaluate(
     click.echo(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}", err=True)
     from transformers import AutoTokenizer
 
-    from moeits.paths import whole
-    from moeits.surgery import load_model
+    from moeits.machine.paths import whole
+    from moeits.models.folder import load_model
 
     model = load_model(folder, dtype=number, device=place)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -106,7 +107,8 @@ def evaluate(
 
 def _show_plan(name: str, gpu: str | None) -> None:
     """Print what a profile takes; what does not fit is an error."""
-    from moeits import plan, profiles
+    from moeits.book import plan
+    from moeits.study import profiles
 
     profile = profiles.load(name)
     machine = plan.find_machine(gpu)
@@ -145,8 +147,8 @@ def run(
         return
     if gpu:
         raise click.UsageError("--on belongs to --dry-run")
-    from moeits import profiles
-    from moeits.run import BookError, NotebookError, build_book, run_notebook, run_profile
+    from moeits.book.run import BookError, NotebookError, build_book, run_notebook, run_profile
+    from moeits.study import profiles
 
     try:
         if notebook is None:
@@ -198,7 +200,7 @@ def _backend_options(backend: str | None, scheduler: str | None) -> dict[str, ob
 @_spread
 def ablate(model: str | None, profile: str, backend: str | None, scheduler: str | None) -> None:
     """Score MODEL of a profile, or all its models, at every tau of the profile, pruned and healed."""
-    from moeits import pipeline, profiles, records
+    from moeits.study import pipeline, profiles, records
 
     settings = profiles.load(profile)
     if model:
@@ -239,8 +241,8 @@ def rivals(
 
     What is measured is remembered.
     """
-    from moeits import comparison, criteria, evaluation, pipeline, profiles
-    from moeits import rivals as tables
+    from moeits import criteria, evaluation
+    from moeits.study import comparison, pipeline, profiles, tables
 
     settings = profiles.load(profile)
     everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
@@ -296,7 +298,7 @@ def nmi(
 
     Layers that are done are remembered: started again, a killed run goes on where it was.
     """
-    from moeits.checkpoint import measure_nmi
+    from moeits.models.checkpoint import measure_nmi
     from moeits.nmi import write_matrices
 
     matrices, settings = measure_nmi(
@@ -375,7 +377,7 @@ def select(
             raise click.UsageError(
                 "--tau, --at-least and --diagonal belong to an nmi.npz, not to --criterion"
             )
-        from moeits.comparison import select_from_folder
+        from moeits.criteria.folder import select_from_folder
 
         budget = _budget(n_keep=n_keep, share=share)
         kept = select_from_folder(source, criterion, tokens=calibration_tokens, seed=seed, **budget)
@@ -441,9 +443,10 @@ def prune(
     Which ones: by the NMI of their weights, within the budget of --tau, --n-keep or --share; or what a
     kept.json says.
     """
-    from moeits.checkpoint import measure_nmi, prune_checkpoint
+    from moeits.kept import Kept
+    from moeits.models.checkpoint import measure_nmi, prune_checkpoint
     from moeits.nmi import read_matrices
-    from moeits.selection import Kept, choose
+    from moeits.selection import choose
 
     budget = _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
     if output.exists():
@@ -497,8 +500,9 @@ def heal(
     accelerate launch -m moeits.cli heal FOLDER -o OUT, which share the accumulation, and with
     --shard the experts' weights too.
     """
-    from moeits import devices, profiles
-    from moeits.healing import heal as run
+    from moeits.healing.lora import heal as run
+    from moeits.machine import devices
+    from moeits.study import profiles
 
     recipe = None if no_lora else profiles.recipe(**{"preset": preset} | _values("--set", settings))
     place, number, _ = devices.choose(device, dtype)
@@ -525,10 +529,11 @@ def size(folder: Path, kept: Path | None) -> None:
 def _print_sizes(folder: Path, kept: Path | None = None) -> None:
     import pandas as pd
 
-    from moeits.card import size_rows
-    from moeits.families import sizes
-    from moeits.selection import Kept
-    from moeits.surgery import hollow_model, prune_model, read_config
+    from moeits.kept import Kept
+    from moeits.models.card import size_rows
+    from moeits.models.families import sizes
+    from moeits.models.folder import hollow_model, read_config
+    from moeits.models.surgery import prune_model
 
     model = hollow_model(read_config(folder))
     if kept is not None:
@@ -554,7 +559,7 @@ def standin(name: str, output: Path, layers: int, shrink: int, seed: int) -> Non
 
     NAME is mixtral-8x7b, qwen1.5-moe or deepseek-v2-lite.
     """
-    from moeits.standin import standin as make
+    from moeits.study.standin import standin as make
 
     click.echo(make(name, output, layers=layers, shrink=shrink, seed=seed))
 
@@ -565,8 +570,8 @@ def standin(name: str, output: Path, layers: int, shrink: int, seed: int) -> Non
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV of the whole table.")
 def compare(first: Path, second: Path, output: Path | None) -> None:
     """Compare the records in folder FIRST with those in SECOND: two machines, or two runs."""
-    from moeits.machines import compare_records, provenance_differences
-    from moeits.paths import whole
+    from moeits.machine.paths import whole
+    from moeits.study.machines import compare_records, provenance_differences
 
     table = compare_records(first, second)
     for what, values in provenance_differences(first, second).items():
@@ -587,7 +592,7 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask before anything is sent.")
 def push(folder: Path, repository: str, private: bool, yes: bool) -> None:
     """Send the pruned model in FOLDER, with its card, to REPOSITORY (OWNER/NAME) of the model hub."""
-    from moeits import hub
+    from moeits.models import hub
 
     hub.check_pushable(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -599,7 +604,7 @@ def push(folder: Path, repository: str, private: bool, yes: bool) -> None:
 @main.command()
 def families() -> None:
     """List the model families that can be pruned, and those that cannot, with the reason."""
-    from moeits.families import REFUSED, families_table
+    from moeits.models.families import REFUSED, families_table
 
     rows = families_table()
     _print_columns([("model type", "class of transformers", "fewest experts per layer"), *rows])

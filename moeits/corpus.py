@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import ipc
 
-from moeits.paths import package_folder
+from moeits.machine.paths import package_folder
 
 # Thousandths of the groups in each part. With SmolLM2's tokenizer the first two hold a little more than the
 # 32 and 16 thousand tokens that are cut from them; healing gets the rest.

@@ -3,7 +3,7 @@
 import pandas as pd
 import yaml
 
-from moeits.paths import DATA
+from moeits.machine.paths import DATA
 
 CITATION = "balderas2026moeits"
 TASKS = {

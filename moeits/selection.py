@@ -3,17 +3,15 @@
 Source: MoEITS, section 4.2, Algorithms 2 and 3, doi:10.48550/arXiv.2604.10603.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from moeits.paths import whole
+from moeits.kept import Kept
 
 DIAGONALS = ("zero", "one", "exclude")
 
@@ -253,91 +251,6 @@ def select_layers(
         found, selections = select_share(matrices, share, **options)
         return {**budget, "tau": found}, selections
     return budget, {layer: select_experts(R, **budget, **options) for layer, R in matrices.items()}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The kept experts of a model, as ``kept.json`` holds them.
-
-    Attributes
-    ----------
-    layers : dict[int, tuple[int, ...]]
-        Kept experts of each layer: ascending, without repetition, at least one.
-    num_experts : dict[int, int]
-        Number of experts that each of these layers had.
-    model : str
-        Name or folder of the model.
-    fingerprint : str or None
-        Fingerprint of the checkpoint; what applies the file to a model compares it.
-    criterion : str
-        What chose the experts.
-    budget : dict
-        How many: ``{"tau": 1.25}``, ``{"n_keep": 4}``, ``{"share": 0.5, "tau": 1.83}``; and options beside.
-    threshold : dict[int, float or None]
-        rho of each layer, where the criterion has one.
-
-    Raises
-    ------
-    ValueError
-        If a layer's kept experts are empty, repeated, out of order or out of range.
-    """
-
-    layers: Mapping[int, Sequence[int]]
-    num_experts: Mapping[int, int]
-    model: str = ""
-    fingerprint: str | None = None
-    criterion: str = "nmi"
-    budget: Mapping[str, object] = field(default_factory=dict)
-    threshold: Mapping[int, float | None] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if set(self.layers) != set(self.num_experts):
-            raise ValueError("kept experts: `layers` and `num_experts` name different layers")
-        for layer, ids in self.layers.items():
-            if not ids:
-                raise ValueError(f"kept experts: layer {layer} keeps none")
-            if list(ids) != sorted(set(ids)):
-                raise ValueError(
-                    f"kept experts: layer {layer} must be ascending without repetition: {list(ids)}"
-                )
-            if ids[0] < 0 or ids[-1] >= self.num_experts[layer]:
-                raise ValueError(
-                    f"kept experts: layer {layer} has {self.num_experts[layer]} experts, got {list(ids)}"
-                )
-
-    @property
-    def share(self) -> float:
-        """Fraction of the experts of these layers that is kept."""
-        return sum(map(len, self.layers.values())) / sum(self.num_experts.values())
-
-    def write(self, path: str | Path) -> None:
-        """Write ``kept.json``, whole or not at all."""
-        with whole(Path(path)) as part:
-            part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: str | Path) -> "Kept":
-        """Read ``kept.json``.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If it is not a ``kept.json``, naming what is wrong with it.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            for name in ("layers", "num_experts", "threshold"):
-                content[name] = {int(layer): value for layer, value in content[name].items()}
-            content["layers"] = {layer: tuple(map(int, ids)) for layer, ids in content["layers"].items()}
-            return cls(**content)
-        except FileNotFoundError:
-            raise
-        except KeyError as error:
-            raise ValueError(f"{path} is not a kept.json: it has no {error.args[0]!r}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a valid kept.json: {error}") from error
 
 
 def _checked(R: np.ndarray, where: str = "") -> np.ndarray:

@@ -27,6 +27,8 @@ _IMPORTS = {
     "criteria/compression": ("criteria/clusters",),
     "criteria/information": ("nmi", "selection"),
     "criteria/recombination": ("criteria/router",),
+    "nmi": ("histograms",),
+    "selection": ("kept",),
 }
 
 

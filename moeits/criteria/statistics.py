@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from moeits.criteria.base import SCORES, Layer, Routing, Statistics
-from moeits.families import MoELayer, expert_block, moe_layers
-from moeits.paths import whole
+from moeits.machine.paths import whole
+from moeits.models.families import MoELayer, expert_block, moe_layers
 
 SAMPLE = 256
 """Tokens whose routing and outputs of all experts are kept."""
@@ -29,7 +29,8 @@ def gather(
     Parameters
     ----------
     model : torch.nn.Module
-        Whole causal language model of a family that :func:`moeits.families.moe_layers` serves, on any device.
+        Whole causal language model of a family that :func:`moeits.models.families.moe_layers` serves, on any
+        device.
     blocks : ndarray of int, shape (N, T)
         Token ids.
     batch_size : int

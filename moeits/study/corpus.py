@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 
 from moeits.corpus import _benchmark_texts, _digest, runs
-from moeits.paths import CACHE, package_folder, whole
-from moeits.records import digest, source_digest
+from moeits.machine.paths import CACHE, package_folder, whole
+from moeits.study.records import digest, source_digest
 
 PARTS = {"calibration": 60, "heldout": 80, "healing": 90, "training": 770}
 """Parts of the text, in thousandths of the groups of documents."""

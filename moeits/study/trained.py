@@ -32,13 +32,13 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from moeits import energy
-from moeits.families import expert_block, moe_layers
+from moeits.machine import energy
+from moeits.machine.paths import CACHE, DATA, whole
+from moeits.models.families import expert_block, moe_layers
 from moeits.nmi import nmi_matrix
-from moeits.paths import CACHE, DATA, whole
-from moeits.records import environment
 from moeits.study import corpus
 from moeits.study.initialisation import branches, redraw, router_rows, slices
+from moeits.study.records import environment
 from moeits.study.training import Schedule, is_sparse, routing, train
 
 MODELS = DATA / "models"

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from moeits.families import moe_layers
-from moeits.paths import whole
+from moeits.machine.paths import whole
+from moeits.models.families import moe_layers
 
 STATE = "state.safetensors"
 

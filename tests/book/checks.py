@@ -8,10 +8,10 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 from bs4 import BeautifulSoup, Tag
 
-from moeits.figures import SHORTEST_ALT
-from moeits.pages import find_record
-from moeits.records import read
-from moeits.run import toc_pages
+from moeits.book.figures import SHORTEST_ALT
+from moeits.book.pages import find_record
+from moeits.book.run import toc_pages
+from moeits.study.records import read
 
 # Attributes by which a page loads something, as opposed to linking to it.
 LOADING = {

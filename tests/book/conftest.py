@@ -6,8 +6,9 @@ import pytest
 from checks import BuiltBook
 from sample import sample_book
 
-from moeits import profiles, run
-from moeits.paths import BOOK, DATA
+from moeits.book import run
+from moeits.machine.paths import BOOK, DATA
+from moeits.study import profiles
 
 
 @pytest.fixture(scope="session")

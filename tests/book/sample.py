@@ -5,9 +5,9 @@ from pathlib import Path
 
 import nbformat
 
-from moeits import records
-from moeits.paths import BOOK
-from moeits.run import build_book, run_notebook
+from moeits.book.run import build_book, run_notebook
+from moeits.machine.paths import BOOK
+from moeits.study import records
 
 CELLS = [
     (
@@ -26,7 +26,7 @@ CELLS = [
         "code",
         "imports",
         "import matplotlib.pyplot as plt\nimport numpy as np\nimport pandas as pd\n\n"
-        "from moeits import figures\n\nfigures.style()",
+        "from moeits.book import figures\n\nfigures.style()",
     ),
     (
         "code",

@@ -5,10 +5,10 @@ import pytest
 from click.testing import CliRunner
 from sample import PROSE, skeleton
 
-from moeits import run
+from moeits.book import run
+from moeits.book.run import BookError, build_book, toc_pages
 from moeits.cli import main
-from moeits.paths import BOOK, NOTEBOOKS
-from moeits.run import BookError, build_book, toc_pages
+from moeits.machine.paths import BOOK, NOTEBOOKS
 
 NOTEBOOK = "notebooks/sample-two.ipynb"
 

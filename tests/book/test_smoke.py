@@ -6,9 +6,10 @@ import re
 import pytest
 from checks import read
 
-from moeits import audit, pipeline, profiles, run
-from moeits.exercises import EXERCISES
-from moeits.paths import BOOK
+from moeits.book import audit, run
+from moeits.book.exercises import EXERCISES
+from moeits.machine.paths import BOOK
+from moeits.study import pipeline, profiles
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ def test_again_with_nothing_changed_measures_nothing(smoke, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("moeits.run._execute", fail)
+    monkeypatch.setattr("moeits.book.run._execute", fail)
     monkeypatch.setattr("moeits.evaluation.evaluate", fail)
     figures = smoke.source.parent / "figures"
     run.run_profile(profiles.load("smoke"), book=smoke.source, figures=figures, say=lambda _: None)

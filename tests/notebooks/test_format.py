@@ -6,8 +6,8 @@ import re
 import nbformat
 import pytest
 
-from moeits.paths import NOTEBOOKS
-from moeits.run import inspect
+from moeits.book.run import inspect
+from moeits.machine.paths import NOTEBOOKS
 
 # In prose: links and images that are neither on the web nor anchors, documents not by their full name.
 PROSE_LINK = re.compile(

@@ -5,9 +5,10 @@ import re
 import pytest
 import yaml
 
-from moeits import audit, paper
-from moeits.paths import BOOK
-from moeits.run import toc_pages
+from moeits import paper
+from moeits.book import audit
+from moeits.book.run import toc_pages
+from moeits.machine.paths import BOOK
 
 LEDGER = paper.DATA / "paper" / "claims.yaml"
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moeits.paths import ROOT
+from moeits.machine.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,16 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, LAYERS, tiny_model
 
-from moeits import checkpoint
-from moeits.checkpoint import expert_blocks, family, fingerprint, measure_nmi, read_header, stored_tensors
 from moeits.cli import main
-from moeits.families import FAMILIES, expert_block, moe_layers
+from moeits.kept import Kept
+from moeits.models import checkpoint
+from moeits.models.checkpoint import expert_blocks, family, measure_nmi
+from moeits.models.families import FAMILIES, expert_block, moe_layers
+from moeits.models.folder import save_model
+from moeits.models.safetensors import INDEX, SINGLE, fingerprint, read_header, stored_tensors
+from moeits.models.surgery import prune_model
 from moeits.nmi import nmi_matrix, read_matrices
-from moeits.selection import Kept, select_experts
-from moeits.surgery import prune_model, save_model
+from moeits.selection import select_experts
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def same(block, expected):
 
 
 def edit_index(folder, change):
-    file = folder / checkpoint.INDEX
+    file = folder / INDEX
     index = json.loads(file.read_text())
     change(index["weight_map"])
     file.write_text(json.dumps(index))
@@ -147,13 +150,13 @@ def test_an_index_that_names_an_absent_tensor_is_refused(sharded):
     edit_index(sharded, lambda places: places.update(ghost=first))
     with pytest.raises(ValueError, match=f"{first} does not hold ghost"):
         stored_tensors(sharded)
-    (sharded / checkpoint.INDEX).write_text("{}")
+    (sharded / INDEX).write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json is not an index"):
         stored_tensors(sharded)
 
 
 def test_a_folder_without_weights_is_refused(mixtral):
-    (mixtral / checkpoint.SINGLE).rename(mixtral / "pytorch_model.bin")
+    (mixtral / SINGLE).rename(mixtral / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="only safetensors are read"):
         next(expert_blocks(mixtral))
     (mixtral / "config.json").unlink()
@@ -186,7 +189,7 @@ def test_a_folder_without_weights_is_refused(mixtral):
 )
 def test_wrong_experts_are_named(mixtral, change, message):
     name = "model.layers.1.block_sparse_moe.experts.5.w1.weight"
-    edit_tensors(mixtral / checkpoint.SINGLE, lambda tensors: change(tensors, name))
+    edit_tensors(mixtral / SINGLE, lambda tensors: change(tensors, name))
     with pytest.raises(ValueError, match=message):
         next(expert_blocks(mixtral))
 
@@ -206,7 +209,7 @@ def test_layers_beyond_the_models_own_are_left_alone(mixtral):
             {n.replace("layers.2", "layers.3"): t.clone() for n, t in tensors.items() if "layers.2" in n}
         )
 
-    edit_tensors(mixtral / checkpoint.SINGLE, add)
+    edit_tensors(mixtral / SINGLE, add)
     assert [layer for layer, _ in expert_blocks(mixtral)] == list(range(LAYERS))
 
 
@@ -224,8 +227,8 @@ def test_the_fingerprint_is_of_the_content(models, mixtral, sharded, tmp_path):
     ]
     found = {one}
     for change in changes:
-        shutil.copy(mixtral / checkpoint.SINGLE, tmp_path / "copy")
-        edit_tensors(tmp_path / "copy" / checkpoint.SINGLE, change)
+        shutil.copy(mixtral / SINGLE, tmp_path / "copy")
+        edit_tensors(tmp_path / "copy" / SINGLE, change)
         found.add(fingerprint(tmp_path / "copy"))
     shutil.copytree(mixtral, tmp_path / "copy", dirs_exist_ok=True)
     config = json.loads((mixtral / "config.json").read_text())
@@ -265,7 +268,7 @@ def test_a_killed_run_goes_on_where_it_was(mixtral, monkeypatch):
     assert list(matrices) == [0, 1, 2]
     # Other settings and other weights are other results.
     measure_nmi(mixtral, bins=16, layers=[0])
-    edit_tensors(mixtral / checkpoint.SINGLE, lambda t: t["model.norm.weight"].mul_(2))
+    edit_tensors(mixtral / SINGLE, lambda t: t["model.norm.weight"].mul_(2))
     measure_nmi(mixtral, layers=[2])
     assert measured[4:] == [0, 2]
 
@@ -280,7 +283,7 @@ def test_layers_can_be_spread_by_a_backend(mixtral, tmp_path, monkeypatch):
 
 def test_bad_weights_are_named_with_their_layer(mixtral):
     name = "model.layers.1.block_sparse_moe.experts.5.w3.weight"
-    edit_tensors(mixtral / checkpoint.SINGLE, lambda tensors: tensors[name][3].fill_(torch.nan))
+    edit_tensors(mixtral / SINGLE, lambda tensors: tensors[name][3].fill_(torch.nan))
     with pytest.raises(ValueError, match="layer 1: up of expert 5: NaN or infinite"):
         measure_nmi(mixtral)
     with pytest.raises(ValueError, match="official, paper"):

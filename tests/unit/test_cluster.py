@@ -10,8 +10,8 @@ import joblib
 import pytest
 from distributed import Client, LocalCluster
 
-from moeits import pipeline, records
-from moeits.pipeline import Step
+from moeits.study import pipeline, records
+from moeits.study.pipeline import Step
 
 pytestmark = pytest.mark.slow
 
@@ -106,7 +106,7 @@ def layers_of_the_nmi(tmp_path, monkeypatch, **spread):
     """Measure the NMI of a small model with a backend and without."""
     from tiny import tiny_model
 
-    from moeits import checkpoint
+    from moeits.models import checkpoint
 
     tiny_model("mixtral").save_pretrained(tmp_path / "model")
     for name, options in {"cache": spread, "other": {}}.items():

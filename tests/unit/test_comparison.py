@@ -12,16 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model, tokens
 
-from moeits import comparison, criteria, evaluation, pipeline, profiles, records, rivals
+from moeits import criteria, evaluation
 from moeits.cli import main
-from moeits.comparison import Comparison
 from moeits.criteria import information
+from moeits.criteria.folder import select_from_folder
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
-from moeits.families import moe_layers
-from moeits.healing import heal_model
-from moeits.refit import refit_model
-from moeits.rivals import (
+from moeits.healing.lora import heal_model
+from moeits.healing.refit import refit_model
+from moeits.kept import Kept
+from moeits.models.families import moe_layers
+from moeits.models.folder import load_model
+from moeits.models.surgery import prune_model
+from moeits.study import comparison, pipeline, profiles, records, tables
+from moeits.study.comparison import Comparison
+from moeits.study.tables import (
     chance_jaccard,
     differences,
     finals_table,
@@ -33,8 +38,6 @@ from moeits.rivals import (
     table,
     verdict,
 )
-from moeits.selection import Kept
-from moeits.surgery import load_model, prune_model
 
 
 class Letters:
@@ -235,7 +238,7 @@ def test_the_oracle_chooses_from_a_folder(folder, monkeypatch):
     calibration = tokens(seed=1, batch=2, length=12).numpy()
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
     monkeypatch.setattr("moeits.corpus.blocks", lambda *_, **__: calibration)
-    kept = comparison.select_from_folder(folder, "oracle", n_keep=7)
+    kept = select_from_folder(folder, "oracle", n_keep=7)
     losses = {}
     for ids in combinations(range(8), 7):
         pruned = prune_model(load_model(folder), {1: ids})
@@ -278,7 +281,7 @@ def test_forms_are_timed_with_the_bytes_they_are_asked_for(compared, monkeypatch
         found = {"prefill": 9.0, "prefill_stderr": 1.0, "decode": 3.0, "decode_stderr": 0.5}
         return [found | {"n": 5, "memory_bytes": 7}]
 
-    monkeypatch.setattr(comparison.green, "compare_costs", costs)
+    monkeypatch.setattr(comparison.cost, "compare_costs", costs)
     profile = compared.profile.model_copy(update={"green": ["tiny"]})
     labels = []
     for step in comparison.speed_steps(profile, ["tiny", "other"]):
@@ -336,10 +339,10 @@ def test_differences_in_pairs_and_their_verdicts():
 def test_equals_are_told_apart_as_often_as_chance_says():
     rng, blocks, draws = np.random.default_rng(0), 12, 4000
     verdicts = [verdict(*evaluation.ratio(rng.standard_normal(blocks), [5] * blocks)) for _ in range(draws)]
-    share = rivals.by_chance(blocks)
+    share = tables.by_chance(blocks)
     found = np.mean([name != "no difference" for name in verdicts])
     assert abs(found - share) < 3 * math.sqrt(share * (1 - share) / draws)
-    assert rivals.by_chance(10**6) == pytest.approx(math.erfc(math.sqrt(2)), rel=1e-4)
+    assert tables.by_chance(10**6) == pytest.approx(math.erfc(math.sqrt(2)), rel=1e-4)
 
 
 def test_cells_of_different_text_are_not_paired():
@@ -434,10 +437,10 @@ def test_the_finalists_are_the_best_and_the_fixed_ones(compared):
 
 
 def test_the_book_shows_the_larger_comparison(compared, monkeypatch, tmp_path):
-    monkeypatch.setattr(rivals, "DATA", tmp_path)
+    monkeypatch.setattr(tables, "DATA", tmp_path)
     mine = [compared.cell(method, 0.5) for method in ("moeits", "first")]
     laptop = compared.profile.model_copy(update={"name": "laptop"})
-    here = rivals.shown(laptop)
+    here = tables.shown(laptop)
     assert [cell.id for cell in here.cells] == [cell.id for cell in mine][::-1]
     assert here.source == "The 2 measurements of this page were made on this machine."
     other = mine[0].details | {"nats": [2 * value for value in mine[0].details["nats"]]}
@@ -448,7 +451,7 @@ def test_the_book_shows_the_larger_comparison(compared, monkeypatch, tmp_path):
             tmp_path / "reference" / "laptop",
             replace(mine[0], inputs=inputs, details=details),
         )
-    there = rivals.shown(laptop)
+    there = tables.shown(laptop)
     assert {cell.inputs["source"] for cell in there.cells} == {"another"}
     assert "has repeated 1 of them; the bits per byte differ by at most 100.0%" in there.source
     assert there.finals == []
@@ -527,7 +530,7 @@ def test_chance_is_the_mean_over_all_sets(first, second):
 def test_a_folder_is_selected_from(folder, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
     monkeypatch.setattr("moeits.corpus.blocks", lambda *_, **__: tokens(batch=4, length=20).numpy())
-    kept = comparison.select_from_folder(folder, "frequency", n_keep=3)
+    kept = select_from_folder(folder, "frequency", n_keep=3)
     model = load_model(folder)
     layers = layers_of(model, gather(model, tokens(batch=4, length=20).numpy()))
     assert kept.layers == criteria.select("frequency", layers, n_keep=3)
@@ -535,7 +538,7 @@ def test_a_folder_is_selected_from(folder, monkeypatch):
     assert kept.budget == {"n_keep": 3, "calibration_tokens": 80, "seed": 0}
     assert isinstance(kept, Kept)
     with pytest.raises(ValueError, match="chooses no experts"):
-        comparison.select_from_folder(folder, "hc-smoe", n_keep=3)
+        select_from_folder(folder, "hc-smoe", n_keep=3)
 
 
 @pytest.mark.parametrize("name", ["laptop", "smoke"])

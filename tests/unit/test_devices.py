@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeits import devices
+from moeits.machine import devices
 
 
 @pytest.fixture

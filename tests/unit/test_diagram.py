@@ -1,7 +1,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moeits.diagram import method_diagram
+from moeits.book.diagram import method_diagram
 from moeits.selection import select_experts
 
 

@@ -3,7 +3,8 @@
 import pynvml
 import pytest
 
-from moeits import energy, records
+from moeits.machine import energy
+from moeits.study import records
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import yaml
 from packaging.requirements import Requirement
 
-from moeits.paths import ROOT
+from moeits.machine.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

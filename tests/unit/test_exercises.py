@@ -4,8 +4,8 @@ import nbformat
 import numpy as np
 import pytest
 
-from moeits import exercises
-from moeits.paths import NOTEBOOKS
+from moeits.book import exercises
+from moeits.machine.paths import NOTEBOOKS
 
 
 def answers(name):

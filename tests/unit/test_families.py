@@ -8,7 +8,7 @@ from tiny import EXPERTS, HIDDEN, NEURONS, TOP_K, tiny_config, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moeits.families import (
+from moeits.models.families import (
     FAMILIES,
     REFUSED,
     Family,

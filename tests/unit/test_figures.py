@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moeits import figures
+from moeits.book import figures
 
 ALT = "The share of experts kept rises with tau."
 DATA = pd.DataFrame({"tau": [0.5, 1.25], "share": [1 / 3, 0.5]})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import EXPERTS, HIDDEN, NEURONS, TOP_K, VOCABULARY, tiny_model
 
-from moeits.green import VARIANTS, _low_rank, _sparse, compare_costs, multiply_adds
+from moeits.study.cost import VARIANTS, _low_rank, _sparse, compare_costs, multiply_adds
 
 
 @pytest.fixture(scope="module")

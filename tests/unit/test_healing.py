@@ -13,12 +13,13 @@ from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer, tokens
 from transformers import TrainerCallback
 
-from moeits import healing
 from moeits.cli import main
-from moeits.families import moe_layers
-from moeits.healing import HealingError, adapters, examples, heal, heal_model, targets
-from moeits.profiles import Recipe
-from moeits.surgery import load_model, prune_model, save_model
+from moeits.healing import lora
+from moeits.healing.lora import HealingError, adapters, examples, heal, heal_model, targets
+from moeits.healing.recipe import Recipe
+from moeits.models.families import moe_layers
+from moeits.models.folder import load_model, save_model
+from moeits.models.surgery import prune_model
 
 RECIPE = Recipe(
     rank=4, learning_rate=1e-2, batch_size=2, accumulation=1, steps=6, save_every=2, max_tokens=16, warmup=0
@@ -104,14 +105,14 @@ def test_the_number_of_trained_parameters_is_reported():
 
 
 def test_what_peft_leaves_out_is_an_error(monkeypatch):
-    maps = healing._linear_maps
+    maps = lora._linear_maps
 
     def more(*args):
         found = maps(*args)
         found["experts"].append("0.mlp.experts.experts.0.sideways")
         return found
 
-    monkeypatch.setattr(healing, "_linear_maps", more)
+    monkeypatch.setattr(lora, "_linear_maps", more)
     model = pruned("mixtral")
     before = logits(model)
     with pytest.raises(ValueError, match="sideways"), adapters(model, RECIPE):
@@ -166,19 +167,19 @@ class KillAt(TrainerCallback):
 def test_a_broken_run_ends_with_the_same_weights(tmp_path, monkeypatch, half):
     unbroken, broken = pruned(), pruned()
     expected = heal_model(unbroken, tiny_tokenizer(), RECIPE, tmp_path / "a", data=DATA)
-    make = healing._trainer
+    make = lora._trainer
 
     def dies(*args):
         trainer = make(*args)
         trainer.add_callback(KillAt(5))
         return trainer
 
-    monkeypatch.setattr(healing, "_trainer", dies)
+    monkeypatch.setattr(lora, "_trainer", dies)
     with pytest.raises(Killed):
         heal_model(broken, tiny_tokenizer(), RECIPE, tmp_path / "b", data=DATA)
     if half:  # killed while the trainer wrote its last checkpoint
         (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").unlink()
-    monkeypatch.setattr(healing, "_trainer", make)
+    monkeypatch.setattr(lora, "_trainer", make)
     healed = heal_model(broken, tiny_tokenizer(), RECIPE, tmp_path / "b", data=DATA)
     assert healed.resumed_from == (2 if half else 4)
     assert healed.losses == expected.losses
@@ -425,7 +426,7 @@ def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="begun by 2 processes and now there are 1"):
         heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
     three = SimpleNamespace(num_processes=3)
-    monkeypatch.setattr(healing, "_together", lambda: three)
+    monkeypatch.setattr(lora, "_together", lambda: three)
     recipe = RECIPE.model_copy(update={"accumulation": 4})
     with pytest.raises(ValueError, match="accumulation is 4, which 3 processes cannot share"):
         heal_model(pruned(), tiny_tokenizer(), recipe, tmp_path / "other", data=DATA)

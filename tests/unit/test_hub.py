@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub import errors
 from tiny import tiny_model
 
-from moeits import hub, pipeline, profiles
+from moeits.models import hub
+from moeits.study import pipeline, profiles
 
 NAME, COMMIT = "someone/tiny-moe", "0123456789abcdef0123456789abcdef01234567"
 

@@ -3,9 +3,9 @@
 import pytest
 from click.testing import CliRunner
 
-from moeits import records
 from moeits.cli import main
-from moeits.machines import compare_records, provenance_differences
+from moeits.study import records
+from moeits.study.machines import compare_records, provenance_differences
 
 
 def write(folder, model, value, *, stderr=0.1, acc=(1, 0, 1), device="cpu", n=3, setting=0):

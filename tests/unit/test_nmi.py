@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
+import moeits.histograms
 import moeits.nmi
 import moeits.selection
+from moeits.histograms import Codes, auto_bins, discretise, joint_entropy
 from moeits.nmi import (
     PRESETS,
-    Codes,
-    auto_bins,
-    discretise,
-    joint_entropy,
     match_neurons,
     nmi,
     nmi_matrix,
@@ -177,7 +175,7 @@ def test_a_joint_histogram_larger_than_the_table_is_counted_in_bands(monkeypatch
     x, y = normal(3000), normal(3000, seed=1)
     a, b = discretise(x, 97), discretise(x + y, 83)
     whole = joint_entropy(a, b)
-    monkeypatch.setattr(moeits.nmi, "TABLE_CELLS", cells)
+    monkeypatch.setattr(moeits.histograms, "TABLE_CELLS", cells)
     assert a.counts.size * b.counts.size > cells
     assert joint_entropy(a, b) == pytest.approx(whole, abs=1e-12)
     assert a.entropy + b.entropy - whole == pytest.approx(mutual_info_score(a.codes, b.codes), abs=1e-12)
@@ -191,7 +189,7 @@ def test_large_counts_are_summed_like_small_ones(monkeypatch):
         information = mutual_info_score(a.codes, b.codes)
         assert a.entropy + b.entropy - joint_entropy(a, b) == pytest.approx(information, abs=1e-12)
         with monkeypatch.context() as patch:
-            patch.setattr(moeits.nmi, "TABLE_CELLS", 6)
+            patch.setattr(moeits.histograms, "TABLE_CELLS", 6)
             assert a.entropy + b.entropy - joint_entropy(a, b) == pytest.approx(information, abs=1e-12)
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from moeits import paper
-from moeits.paths import BOOK
+from moeits.machine.paths import BOOK
 
 
 @pytest.mark.parametrize("number", paper.TABLES)

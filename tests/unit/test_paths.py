@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moeits import paths
+from moeits.machine import paths
 
 
 def test_whole_writes_a_file(tmp_path):
@@ -41,7 +41,7 @@ def test_an_error_leaves_the_old_file(tmp_path):
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from moeits.paths import whole\n"
+        "import os, sys; from pathlib import Path; from moeits.machine.paths import whole\n"
         "with whole(Path(sys.argv[1])) as part:\n    part.write_text('half'); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.txt")], check=False)

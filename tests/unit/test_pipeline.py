@@ -7,11 +7,13 @@ import pytest
 import torch
 from tiny import tiny_model, tokens
 
-from moeits import pipeline, profiles, records, simplify
-from moeits.families import expert_block, moe_layers
+from moeits import simplify
+from moeits.models.families import expert_block, moe_layers
+from moeits.models.folder import load_model
+from moeits.models.surgery import masked
 from moeits.nmi import nmi_matrix
 from moeits.selection import select_experts
-from moeits.surgery import load_model, masked
+from moeits.study import pipeline, profiles, records
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def study(folder, tmp_path, monkeypatch):
 
 def test_a_study_measures_the_nmi_once(study, monkeypatch):
     first = study.matrices
-    monkeypatch.setattr("moeits.checkpoint.measure_nmi", None)
+    monkeypatch.setattr("moeits.models.checkpoint.measure_nmi", None)
     again = pipeline.Study(study.profile, study.name)
     assert again.nmi.id == study.nmi.id
     assert all(np.array_equal(again.matrices[layer], R) for layer, R in first.items())
@@ -123,7 +125,7 @@ def test_selections_keep_the_familys_minimum(study, monkeypatch):
     }
     study._matrices_file.unlink()
     monkeypatch.setattr(
-        "moeits.checkpoint.moe_layers",
+        "moeits.models.checkpoint.moe_layers",
         lambda model: [dataclasses.replace(layer, minimum=8) for layer in moe_layers(model)],
     )
     study = pipeline.Study(study.profile, study.name)

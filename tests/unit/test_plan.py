@@ -2,8 +2,9 @@ import pytest
 from click.testing import CliRunner
 from tiny import tiny_model
 
-from moeits import plan, profiles
+from moeits.book import plan
 from moeits.cli import main
+from moeits.study import profiles
 
 BIG = plan.Machine("big", memory=1e12, flops=1e15, watts=1000, cores=64, disk=1e13)
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from moeits import planted
 from moeits.nmi import nmi_matrix
 from moeits.selection import select_experts
+from moeits.study import planted
 
 PAIRS = [(0, 3), (5, 4)]
 

@@ -1,6 +1,7 @@
 import pytest
 
-from moeits import paper, profiles
+from moeits import paper
+from moeits.study import profiles
 
 
 @pytest.mark.parametrize("name", profiles.names())

@@ -16,12 +16,14 @@ from test_surgery import uneven
 from tiny import tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM, Llama4Config
 
-from moeits import checkpoint
-from moeits.checkpoint import fingerprint, prune_checkpoint, stored_tensors
 from moeits.cli import main
-from moeits.families import FAMILIES, moe_layers, sizes
-from moeits.selection import Kept
-from moeits.surgery import load_model, prune_model, save_model
+from moeits.kept import Kept
+from moeits.models import checkpoint
+from moeits.models.checkpoint import prune_checkpoint
+from moeits.models.families import FAMILIES, moe_layers, sizes
+from moeits.models.folder import load_model, save_model
+from moeits.models.safetensors import fingerprint, stored_tensors
+from moeits.models.surgery import prune_model
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,7 @@ def test_no_permission_to_write(source, tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
-    monkeypatch.setattr("moeits.paths.tempfile.mkdtemp", denied)
+    monkeypatch.setattr("moeits.machine.paths.tempfile.mkdtemp", denied)
     with pytest.raises(PermissionError, match="Permission denied"):
         prune_checkpoint(source, tmp_path / "pruned", {1: [0, 3]})
 

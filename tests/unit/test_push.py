@@ -6,8 +6,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from tiny import tiny_model
 
 from moeits.cli import main
-from moeits.families import moe_layers
-from moeits.surgery import prune_model, save_model
+from moeits.models.families import moe_layers
+from moeits.models.folder import save_model
+from moeits.models.surgery import prune_model
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from moeits.families import moe_layers
-from moeits.paths import ROOT
-from moeits.surgery import load_model
+from moeits.machine.paths import ROOT
+from moeits.models.families import moe_layers
+from moeits.models.folder import load_model
 
 README = (ROOT / "README.md").read_text()
 

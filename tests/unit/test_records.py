@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moeits import records
+from moeits.study import records
 
 
 def measured(value=0.5):
@@ -88,7 +88,7 @@ def test_nan_has_no_place_in_the_inputs():
 def test_edited_source_changes_the_digest(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text(name)
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "study" / "records.py"))
     before = records.source_digest(["a", "b"])
     assert records.source_digest(["b", "a", "a"]) == before
     (tmp_path / "b.py").write_text("edited")

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from moeits import profiles, records, reference
-from moeits.paths import DATA, ROOT
+from moeits.machine.paths import DATA, ROOT
+from moeits.study import profiles, records, reference
 
 
 def scores(folder, number, method, tau, value, **more):

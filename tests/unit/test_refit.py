@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import EXPERTS, tiny_model, tokens
 
-from moeits.families import FAMILIES, decoder_layers, moe_layers
-from moeits.refit import least_squares, refit_model
-from moeits.surgery import prune_model
-from moeits.unstack import ExpertList
+from moeits.healing.refit import least_squares, refit_model
+from moeits.models.families import FAMILIES, decoder_layers, moe_layers
+from moeits.models.surgery import prune_model
+from moeits.models.unstack import ExpertList
 
 ALONE = {"llama4_text"}  # no switch for the implementation of its experts
 NORMED = {

@@ -3,10 +3,11 @@
 import nbformat
 import pytest
 
-from moeits import records, run
-from moeits.pages import find_record
-from moeits.paths import ROOT
-from moeits.run import NotebookError, Parameter, check_parameters, inspect, run_notebook
+from moeits.book import run
+from moeits.book.pages import find_record
+from moeits.book.run import NotebookError, Parameter, check_parameters, inspect, run_notebook
+from moeits.machine.paths import ROOT
+from moeits.study import records
 
 PARAMETERS = (
     'model: str = "qwen"  # name\ntau: float | None = None  # threshold\ntaus: list[float] = [1.0]  # grid'
@@ -14,7 +15,7 @@ PARAMETERS = (
 FIGURE = """\
 import pandas as pd
 from matplotlib.figure import Figure
-from moeits import figures
+from moeits.book import figures
 
 for name in ("one", "two"):
     fig = Figure()
@@ -297,7 +298,7 @@ def test_figure_of_an_unknown_record_is_refused(desk):
     desk.write(
         (
             "code",
-            "from moeits import figures\nimport pandas as pd\n"
+            "from moeits.book import figures\nimport pandas as pd\n"
             "figures.table(pd.DataFrame({'y': [1]}), 'ys', caption='The ys.', records=['abc'])",
         )
     )
@@ -308,7 +309,7 @@ def test_figure_of_an_unknown_record_is_refused(desk):
 
 
 def test_home_folder_is_shortened(monkeypatch, tmp_path):
-    from moeits import pages
+    from moeits.book import pages
 
     monkeypatch.setattr(pages.Path, "home", lambda: tmp_path)
     output = {"data": {"text/plain": f"{tmp_path}/x", "image/png": f"{tmp_path}"}, "text": [f"in {tmp_path}"]}

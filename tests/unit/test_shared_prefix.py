@@ -8,8 +8,14 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from moeits import shared_prefix
-from moeits.shared_prefix import SharedPrefixLM, ancestor_mask, token_tree, tree_batches, tree_logits
+from moeits.evaluation import shared_prefix
+from moeits.evaluation.shared_prefix import (
+    SharedPrefixLM,
+    ancestor_mask,
+    token_tree,
+    tree_batches,
+    tree_logits,
+)
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
 

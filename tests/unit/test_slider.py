@@ -4,8 +4,8 @@ import re
 import numpy as np
 import pytest
 
+from moeits.book.slider import tau_slider
 from moeits.selection import select_experts
-from moeits.slider import tau_slider
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from moeits import paper
 from moeits.cli import main
-from moeits.standin import heavy_tailed, names, standin
+from moeits.study.standin import heavy_tailed, names, standin
 
 # Widths that no number of experts equals, and rows of a multiple of 16 bytes.
 SHRINK = {"mixtral-8x7b": 64, "qwen1.5-moe": 16, "deepseek-v2-lite": 16}

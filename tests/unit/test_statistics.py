@@ -18,8 +18,8 @@ from moeits.criteria.statistics import (
     write_block,
     write_statistics,
 )
-from moeits.families import expert_block, moe_layers
-from moeits.surgery import prune_model
+from moeits.models.families import expert_block, moe_layers
+from moeits.models.surgery import prune_model
 
 FAMILIES = ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v2"]
 

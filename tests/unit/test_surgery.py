@@ -17,10 +17,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from moeits.families import FAMILIES, moe_layers, sizes
-from moeits.selection import Kept
-from moeits.surgery import cut_experts, load_model, masked, prune_model, save_model
-from moeits.unstack import ONE_BY_ONE
+from moeits.kept import Kept
+from moeits.models.families import FAMILIES, moe_layers, sizes
+from moeits.models.folder import load_model, save_model
+from moeits.models.surgery import cut_experts, masked, prune_model
+from moeits.models.unstack import ONE_BY_ONE
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -488,7 +489,7 @@ def test_saving_leaves_nothing_half_done(tmp_path, monkeypatch):
         save_model(model, tmp_path / "taken")
     with pytest.raises(ValueError, match="not pruned"):
         save_model(tiny_model("mixtral"), tmp_path / "whole")
-    monkeypatch.setattr("moeits.surgery.model_card", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("moeits.models.folder.model_card", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_model(model, tmp_path / "broken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

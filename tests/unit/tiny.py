@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from moeits.families import TOP_KS
+from moeits.models.families import TOP_KS
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, NEURONS, VOCABULARY = 64, 3, 8, 2, 32, 128
 

@@ -1,0 +1,1 @@
+"""The book: notebooks, figures, pages and what they compute."""

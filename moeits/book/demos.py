@@ -1,0 +1,369 @@
+"""What the histogram estimate of NMI does on seeded weights: the numbers of the demonstrations.
+
+Arrays only; every function is given its seed and returns a table.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import log, sqrt
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from moeits.histograms import as_float, discretise, joint_entropy
+from moeits.nmi import nmi, nmi_matrix
+from moeits.selection import DIAGONALS, select_experts
+from moeits.study import planted
+
+
+def summary(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """Mean, standard deviation and number of the draws of each setting.
+
+    Parameters
+    ----------
+    table : DataFrame
+        A row per draw.
+    by : sequence of str
+        Columns that name the setting.
+    values : sequence of str
+        Columns to summarise.
+
+    Returns
+    -------
+    DataFrame
+        Columns `by`, then ``VALUE``, ``VALUE_sd`` for each value, and ``draws``.
+    """
+    groups = table.groupby(list(by), sort=False, dropna=False)
+    found = {name: part for value in values for name, part in _moments(groups[value], value).items()}
+    return pd.DataFrame({**found, "draws": groups.size()}).reset_index()
+
+
+def _moments(group: "pd.core.groupby.SeriesGroupBy", value: str) -> dict[str, pd.Series]:
+    return {value: group.mean(), f"{value}_sd": group.std(ddof=1)}
+
+
+def measured_pair(x: np.ndarray, y: np.ndarray, bins: str | int = "auto") -> dict[str, float]:
+    """Measure NMI of two arrays with what its bias depends on.
+
+    Returns
+    -------
+    dict
+        ``nmi``; ``bins``, occupied ones of x; ``guide``, the first-order bias of the mutual information of
+        independent arrays, (Bx - 1)(By - 1) / 2N nats, over the geometric mean of the entropies.
+    """
+    a, b = discretise(x, bins), discretise(y, bins)
+    mean = sqrt(a.entropy * b.entropy)
+    guide = (a.counts.size - 1) * (b.counts.size - 1) / (2 * a.codes.size)
+    shared = max(a.entropy + b.entropy - joint_entropy(a, b), 0.0)
+    return {"nmi": shared / mean, "bins": a.counts.size, "guide": guide / mean}
+
+
+def bins_curve(
+    numbers: Iterable[int | str], correlations: Iterable[float], *, size: int, draws: int, seed: int = 0
+) -> pd.DataFrame:
+    """NMI of two normal arrays against the number of bins.
+
+    Parameters
+    ----------
+    numbers : iterable of int or "auto"
+        Numbers of bins.
+    correlations : iterable of float
+        Correlations of the two arrays; 0 is independence.
+    size, draws : int
+        Elements of an array, and pairs of arrays.
+    seed : int
+        Seed; each draw has its own generator.
+
+    Returns
+    -------
+    DataFrame
+        correlation, number, nmi, bins, guide; a row per draw.
+    """
+    rows = []
+    for draw in range(draws):
+        x, noise = np.random.default_rng([seed, draw]).standard_normal((2, size))
+        for r in correlations:
+            y = r * x + sqrt(1 - r * r) * noise
+            rows += [{"correlation": r, "number": n, **measured_pair(x, y, n)} for n in numbers]
+    return pd.DataFrame(rows)
+
+
+def bias_curve(
+    sizes: Iterable[int], *, draws: int, bins: Iterable[int | str] = ("auto", 64), seed: int = 0
+) -> pd.DataFrame:
+    """NMI of two independent normal arrays against the number of weights, whose true value is 0.
+
+    Returns
+    -------
+    DataFrame
+        size, number ("auto" or the fixed number of bins), nmi, bins, guide; a row per draw.
+    """
+    return pd.DataFrame(
+        [
+            {"size": size, "number": number, **measured_pair(x, y, number)}
+            for size in sizes
+            for draw in range(draws)
+            for x, y in [np.random.default_rng([seed, size, draw]).standard_normal((2, size))]
+            for number in bins
+        ]
+    )
+
+
+def tails(*, size: int, draws: int, seed: int = 0) -> pd.DataFrame:
+    """NMI of independent arrays with tails and outliers of several kinds, whose true value is 0.
+
+    Returns
+    -------
+    DataFrame
+        weights (what kind), nmi, bins, guide; a row per draw.
+    """
+    rows = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        normal = rng.standard_normal((2, size))
+        kinds = {"uniform": rng.random((2, size)), "normal": normal}
+        for deviations in (10, 50):
+            kinds[f"normal, one weight at {deviations} sd"] = normal.copy()
+            kinds[f"normal, one weight at {deviations} sd"][:, 0] = deviations
+        kinds |= {f"Student's t, {degrees} degrees": rng.standard_t(degrees, (2, size)) for degrees in (5, 3)}
+        rows += [{"weights": kind, **measured_pair(*arrays)} for kind, arrays in kinds.items()]
+    return pd.DataFrame(rows)
+
+
+def disguises(*, neurons: int, width: int, seed: int = 0) -> pd.DataFrame:
+    """NMI of an expert with disguised copies of itself, which compute what it computes.
+
+    Returns
+    -------
+    DataFrame
+        copy (what was done to it); difference, the largest relative one of outputs on 64 random tokens;
+        gate, up, down: NMI of each projection with the original's; mean.
+    """
+    rng = np.random.default_rng(seed)
+    block = planted.random_experts(rng, experts=2, neurons=neurons, width=width)
+    factors = np.exp(0.5 * rng.standard_normal(neurons))
+    unrelated = {name: weights[1] for name, weights in block.items()}
+    block = {name: weights[:1] for name, weights in block.items()}
+    copies = {
+        "the same weights": block,
+        "one factor for all neurons": planted.rescale(block, 0, np.full(neurons, 2.0)),
+        "up and down negated": planted.rescale(block, 0, np.full(neurons, -1.0)),
+        "a factor of its own for each neuron": planted.rescale(block, 0, factors),
+        "a random half of the neurons negated": planted.rescale(block, 0, rng.choice([-1.0, 1.0], neurons)),
+        "neurons in another order": planted.permute(block, 0, rng.permutation(neurons)),
+    }
+    tokens = 10 * rng.standard_normal((64, width))
+    expected = planted.output(block, 0, tokens)
+    rows = []
+    for name, copy in copies.items():
+        gap = np.abs(planted.output(copy, 0, tokens) - expected).max() / np.abs(expected).max()
+        rows.append(
+            {"copy": name, "difference": gap, **{part: nmi(block[part], copy[part]) for part in block}}
+        )
+    other = {"copy": "(an unrelated expert)", "difference": np.nan}
+    rows.append(other | {part: nmi(block[part], unrelated[part]) for part in block})
+    return pd.DataFrame(rows).assign(mean=lambda table: table[["gate", "up", "down"]].mean(axis=1))
+
+
+def kept_by_diagonal(R: np.ndarray, taus: Iterable[float]) -> pd.DataFrame:
+    """Count the experts that Algorithm 3 keeps with each diagonal.
+
+    Returns
+    -------
+    DataFrame
+        diagonal, tau, kept, threshold.
+    """
+    rows = []
+    for diagonal in DIAGONALS:
+        for tau in taus:
+            selection = select_experts(R, tau, diagonal=diagonal)
+            rows.append(
+                {
+                    "diagonal": diagonal,
+                    "tau": tau,
+                    "kept": len(selection.kept),
+                    "threshold": selection.threshold,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def shared_projection(weights: Mapping[str, float] | None, *, seed: int = 0) -> pd.DataFrame:
+    """Redundancy of pairs of experts that share one projection only, with weights of the projections.
+
+    Parameters
+    ----------
+    weights : mapping of str to float, or None
+        For :func:`moeits.nmi.nmi_matrix`.
+    seed : int
+        Of the experts.
+
+    Returns
+    -------
+    DataFrame
+        shared (gate, up, down or nothing), redundancy.
+    """
+    rng = np.random.default_rng(seed)
+    block = planted.random_experts(rng, experts=8, neurons=32, width=64)
+    for pair, name in enumerate(("gate", "up", "down")):
+        block[name][2 * pair + 1] = block[name][2 * pair]
+    R = nmi_matrix(block, projection_weights=weights, n_jobs=1)
+    return pd.DataFrame(
+        {
+            "shared": ["gate", "up", "down", "nothing"],
+            "redundancy": [R[2 * pair, 2 * pair + 1] for pair in range(4)],
+        }
+    )
+
+
+def noise_kept(
+    experts: int, tau: float, *, spreads: Iterable[float], diagonals: Iterable[str], draws: int, seed: int = 0
+) -> pd.DataFrame:
+    """Count what Algorithm 3 keeps of matrices of noise.
+
+    Parameters
+    ----------
+    experts : int
+        Experts per layer.
+    tau : float
+        Threshold.
+    spreads : iterable of float
+        Standard deviations of the scores relative to their mean.
+    diagonals : iterable of str
+        As in :func:`moeits.selection.select_experts`.
+    draws : int
+        Matrices per setting.
+    seed : int
+        Seed; each draw has its own generator.
+
+    Returns
+    -------
+    DataFrame
+        diagonal, spread, kept; a row per draw.
+    """
+    return pd.DataFrame(
+        [
+            {
+                "diagonal": diagonal,
+                "spread": spread,
+                "kept": len(select_experts(R, tau, diagonal=diagonal).kept),
+            }
+            for spread in spreads
+            for draw in range(draws)
+            for R in [planted.noise_matrix(np.random.default_rng([seed, draw]), experts, spread)]
+            for diagonal in diagonals
+        ]
+    )
+
+
+def plants(
+    kinds: Iterable[str],
+    noises: Iterable[float],
+    budgets: Mapping[str, Mapping[str, object]],
+    *,
+    estimates: Mapping[str, Callable[[planted.Block], np.ndarray]] | None = None,
+    experts: int = 16,
+    copies: int = 4,
+    neurons: int = 32,
+    width: int = 64,
+    draws: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Plant copies of experts, let Algorithm 3 remove experts, and compare.
+
+    Parameters
+    ----------
+    kinds, noises
+        As in :func:`moeits.study.planted.plant`.
+    budgets : mapping of str to mapping
+        Name -> arguments of :func:`moeits.selection.select_experts`, such as ``{"tau": 1.25}``.
+    estimates : mapping of str to callable, optional
+        Name -> function that makes the matrix R of a block; :func:`moeits.nmi.nmi_matrix` without it.
+    experts, copies, neurons, width : int
+        Experts in all, copies among them, and the experts' size.
+    draws, seed : int
+        Blocks per setting; each draw has its own generator.
+
+    Returns
+    -------
+    DataFrame
+        kind, noise, estimate, budget, precision, recall, removed; a row per draw.
+    """
+    estimates = estimates or {"NMI": partial(nmi_matrix, n_jobs=1)}
+    rows = []
+    for kind in kinds:
+        for noise in noises:
+            for draw in range(draws):
+                rng = np.random.default_rng([seed, draw])
+                block = planted.random_experts(rng, experts=experts, neurons=neurons, width=width)
+                pairs = rng.permutation(experts)[: 2 * copies].reshape(copies, 2).tolist()
+                block = planted.plant(rng, block, pairs, kind, noise)
+                for estimate, measure in estimates.items():
+                    R = measure(block)
+                    for budget, given in budgets.items():
+                        result = planted.found(select_experts(R, **given).removed, pairs)
+                        setting = {"kind": kind, "noise": noise, "estimate": estimate, "budget": budget}
+                        rows.append(setting | result._asdict())
+    return pd.DataFrame(rows)
+
+
+def null_layers(
+    blocks: Iterable[tuple[int, Mapping[str, np.ndarray]]],
+    tau: float,
+    *,
+    diagonal: str = "zero",
+    at_least: int = 1,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare the NMI of real experts with that of null experts of the same weights.
+
+    Parameters
+    ----------
+    blocks : iterable of (int, mapping)
+        Layers and their experts, as :func:`moeits.models.checkpoint.expert_blocks` gives them.
+    tau, diagonal, at_least
+        As in :func:`moeits.selection.select_experts`.
+    seed : int
+        Seed of the null experts.
+
+    Returns
+    -------
+    DataFrame
+        layer; experts (real, shuffled or fresh); mean and sd of the NMI over pairs, spread = sd / mean; kept
+        experts, of how many; rank correlation of the pairs' NMI with the real one; experts kept in both.
+    """
+    rows = []
+    for layer, block in blocks:
+        real = {name: _stacked(weights) for name, weights in block.items()}
+        rng = np.random.default_rng([seed, layer])
+        kinds = {"real": real, "shuffled": planted.shuffled(rng, real), "fresh": planted.fresh(rng, real)}
+        found = {}
+        for kind, weights in kinds.items():
+            R = nmi_matrix(weights, n_jobs=1)
+            pairs = R[np.triu_indices_from(R, 1)]
+            kept = set(select_experts(R, tau, diagonal=diagonal, at_least=at_least).kept)
+            found[kind] = (pairs, kept)
+            rows.append(
+                {
+                    "layer": layer,
+                    "experts": kind,
+                    "mean": pairs.mean(),
+                    "sd": pairs.std(ddof=1),
+                    "kept": len(kept),
+                    "of": len(R),
+                    "correlation": spearmanr(found["real"][0], pairs).statistic,
+                    "same_kept": len(found["real"][1] & kept),
+                }
+            )
+    return pd.DataFrame(rows).assign(spread=lambda table: table.sd / table["mean"])
+
+
+def _stacked(weights: Sequence) -> np.ndarray:
+    """Weights of all experts as float32, from an array, a tensor or a sequence of them in any format."""
+    return np.stack([as_float(expert) for expert in weights])
+
+
+def gaussian_information(correlation: float) -> float:
+    """Mutual information of two normal variables with a correlation, in nats: -log(1 - r^2) / 2."""
+    return -log(1 - correlation**2) / 2

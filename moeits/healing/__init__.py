@@ -1,0 +1,1 @@
+"""Restore a pruned model: adapters by LoRA, down projections by least squares."""

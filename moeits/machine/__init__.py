@@ -1,0 +1,1 @@
+"""The machine that this runs on: paths, devices, several workers, energy."""

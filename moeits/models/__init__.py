@@ -1,0 +1,1 @@
+"""Experts in models and in checkpoint folders: find them, cut them, load and save what is left."""

@@ -1,0 +1,589 @@
+"""Checkpoints as folders of safetensors files: one projection of one layer at a time, never the whole model.
+
+The layers and their shapes come from the configuration; where their weights lie comes from the names and the
+headers of the files. Nothing here is written for one model.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+import joblib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moeits.kept import Kept
+from moeits.machine.paths import CACHE, whole
+from moeits.machine.spread import unordered
+from moeits.models.card import read_card
+from moeits.models.families import MoELayer, moe_layers, sizes
+from moeits.models.folder import describe_folder, hollow_model, read_config
+from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
+from moeits.models.surgery import complete, compose, pruned_settings
+from moeits.nmi import PRESETS, nmi_matrix
+from moeits.study import records
+
+_DTYPES = {
+    "F64": (np.uint64, torch.float64),
+    "F32": (np.uint32, torch.float32),
+    "F16": (np.uint16, torch.float16),
+    "BF16": (np.uint16, torch.bfloat16),
+}
+# Last words of tensors' names, and what they hold: of one expert, or of all experts in three dimensions.
+_ROLES = {
+    "gate_proj": "gate",
+    "w1": "gate",
+    "up_proj": "up",
+    "w3": "up",
+    "down_proj": "down",
+    "w2": "down",
+    "w2_weight": "down",
+    "fc2": "down",
+    "output_linear": "down",
+    "gate_up_proj": "gate_up",
+    "fc1": "gate_up",
+    "input_linear": "gate_up",
+    "w13_weight": "interleaved gate_up",
+}
+_EXPERT = re.compile(
+    r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:\w+\.)*?(?:experts|block_sparse_moe)"
+    r"\.(?:(?P<expert>\d+)\.)?(?P<word>\w+?)(?:\.weight)?$"
+)
+
+
+def family(folder: str | Path) -> str:
+    """Name the family of a checkpoint: the ``model_type`` of its (text) configuration."""
+    return read_config(folder).get_text_config().model_type
+
+
+@dataclass(frozen=True)
+class Projection(Sequence):
+    """One projection of all experts of a layer: item e is the matrix of expert e.
+
+    An item is a view of its file, mapped into memory: nothing is read before it is used, nothing is kept, and
+    what is written to it stays in memory. A file must not be cut short while it is used.
+
+    Attributes
+    ----------
+    pieces : tuple of (Path, int)
+        For each expert, the file and the first byte in it.
+    shape : tuple of int
+        Rows and columns of a piece.
+    dtype : str
+        Type as safetensors spells it.
+    transposed : bool
+        Whether the pieces are the matrices' transposes.
+    neurons : slice
+        Those of a piece's neurons that belong to the projection.
+    """
+
+    pieces: tuple[tuple[Path, int], ...]
+    shape: tuple[int, int]
+    dtype: str
+    transposed: bool = False
+    neurons: slice = field(default_factory=lambda: slice(None))
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        file, start = self.pieces[expert]
+        bits, dtype = _DTYPES[self.dtype]
+        try:
+            mapped = np.memmap(file, bits, mode="c", offset=start, shape=self.shape)
+        except ValueError as error:
+            raise ValueError(f"{file} is cut short: {error}") from error
+        # Older writers did not align the numbers.
+        matrix = torch.from_numpy(np.require(mapped, requirements="A")).view(dtype)
+        return (matrix.T if self.transposed else matrix)[self.neurons]
+
+
+class ExpertBlock(Mapping):
+    """Weights of the experts of one layer, where they lie on disk.
+
+    ``block["gate"]`` and ``block["up"]`` are sequences of E tensors (m, d), ``block["down"]`` of E tensors
+    (d, m), in the type they are stored in, each read when it is used. Blocks can be pickled.
+
+    Attributes
+    ----------
+    layer : int
+        Number of the decoder layer.
+    num_experts : int
+        Routed experts E.
+    minimum : int
+        Fewest experts with which the layer works.
+    """
+
+    def __init__(self, layer: int, minimum: int, projections: Mapping[str, Projection]) -> None:
+        self.layer = layer
+        self.minimum = minimum
+        self._projections = dict(projections)
+        self.num_experts = len(self._projections["down"])
+
+    def __getitem__(self, projection: str) -> Projection:
+        return self._projections[projection]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._projections)
+
+    def __len__(self) -> int:
+        return len(self._projections)
+
+    def __repr__(self) -> str:
+        return f"<ExpertBlock: layer {self.layer}, {self.num_experts} experts, {', '.join(self)}>"
+
+
+def expert_blocks(
+    folder: str | Path, layers: Collection[int] | None = None
+) -> Iterator[tuple[int, ExpertBlock]]:
+    """Go through the Mixture-of-Experts layers of a checkpoint.
+
+    All names, shapes and files are checked before the first layer is given. Weights are read only when the
+    matrix of an expert is used.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a checkpoint of a known family, whole or pruned: one file or several, one tensor for each
+        expert (``experts.N.w1``, ``experts.N.gate_proj``, ...) or for all (``experts.gate_up_proj``, ...).
+    layers : collection of int, optional
+        Decoder layers to read; all by default.
+
+    Yields
+    ------
+    layer : int
+        Number N of ``model.layers.N``.
+    block : ExpertBlock
+        Its weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder, its configuration or a file is missing.
+    ValueError
+        If a file is damaged, a layer lacks an expert or has another shape than the configuration says, the
+        weights are quantised, the model is dense or of an unknown family, or a layer is not one of its own.
+    """
+    config = read_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{folder}: the weights are quantised; save the model dequantised first")
+    expected = {layer.layer: layer for layer in moe_layers(hollow_model(config))}
+    if unknown := sorted(set(layers or ()) - set(expected)):
+        raise ValueError(f"{folder} has no experts in layer {unknown}: it has them in {sorted(expected)}")
+    stored = defaultdict(lambda: defaultdict(dict))
+    for tensor in stored_tensors(folder).values():
+        match = _EXPERT.search(tensor.name)
+        if match and match["word"] in _ROLES:
+            expert = None if match["expert"] is None else int(match["expert"])
+            stored[int(match["layer"])][_ROLES[match["word"]]][expert] = tensor
+    blocks = [
+        ExpertBlock(number, layer.minimum, _projections(layer, stored[number]))
+        for number, layer in expected.items()
+        if layers is None or number in layers
+    ]
+    for block in blocks:
+        yield block.layer, block
+
+
+def measure_nmi(
+    folder: str | Path,
+    *,
+    preset: str = "paper",
+    bins: str | int | None = None,
+    layers: Collection[int] | None = None,
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    progress: bool = False,
+    **backend_options: object,
+) -> tuple[dict[int, np.ndarray], dict[str, object]]:
+    """NMI matrices of a checkpoint, layer by layer. A killed run goes on where it was.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a checkpoint.
+    preset : {"paper", "official"}
+        See :data:`moeits.nmi.PRESETS`.
+    bins : "auto" or int, optional
+        Number of bins, instead of the preset's.
+    layers : collection of int, optional
+        Decoder layers; all by default.
+    n_jobs : int, optional
+        Threads for each layer: by default all cores, or one where a backend spreads the layers.
+    backend : str, optional
+        Backend of joblib that layers are spread by, such as ``"dask"``; without it they follow each other
+        in this process. Its workers must see the folder under the same path.
+    progress : bool
+        Show a bar with the time left.
+    **backend_options
+        For the backend, such as ``scheduler_host`` for Dask.
+
+    Returns
+    -------
+    matrices : dict of int to ndarray, shape (E, E)
+        R of each layer.
+    settings : dict
+        What made them, for :func:`moeits.nmi.write_matrices`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`expert_blocks` and :func:`moeits.nmi.nmi_matrix`; with the layer.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}: choose one of {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    blocks = dict(expert_blocks(folder, layers))
+    kind = family(folder)
+    settings = {
+        "fingerprint": fingerprint(folder),
+        "bins": chosen.bins if bins is None else bins,
+        "projection_weights": chosen.projection_weights(kind),
+        "source": records.source_digest(
+            ("nmi", "histograms", "models/checkpoint", "models/safetensors", "models/families")
+        ),
+    }
+    done = CACHE / "nmi" / f"layers-{records.digest(settings)}"
+    files = {layer: done / f"{layer}.npy" for layer in blocks}
+    todo = [block for layer, block in blocks.items() if not files[layer].exists()]
+
+    options = {"bins": settings["bins"], "projection_weights": settings["projection_weights"]}
+    options["n_jobs"] = 1 if backend and n_jobs is None else n_jobs
+    tasks = (joblib.delayed(_layer_nmi)(block, options) for block in todo)
+    results = unordered(tasks, backend, **backend_options)
+    already = len(blocks) - len(todo)
+    for layer, R in tqdm(results, "NMI", len(blocks), initial=already, unit="layer", disable=not progress):
+        with whole(files[layer]) as part, part.open("wb") as stream:
+            np.save(stream, R)
+    settings |= {
+        "model": _name(folder),
+        "family": kind,
+        "preset": preset,
+        "diagonal": chosen.diagonal,
+        "minimum": max(block.minimum for block in blocks.values()),
+    }
+    return {layer: np.load(file) for layer, file in files.items()}, settings
+
+
+def prune_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    kept: Mapping[int, Sequence[int]] | Kept,
+    *,
+    progress: bool = False,
+) -> Path:
+    """Remove experts from a checkpoint without loading it: bytes that stay are copied, file by file.
+
+    The new folder holds what :func:`moeits.models.folder.save_model` would write, and the source's other
+    files (tokenizer, licence, ...; its model card becomes ``README.base.md``), but none of its code. A few
+    megabytes are in memory at a time.
+
+    Parameters
+    ----------
+    source : str or Path
+        Folder of a checkpoint of a known family, whole or pruned; it is only read.
+    target : str or Path
+        Folder to make; written whole or not at all. What a killed call left is removed by the next one.
+    kept : mapping of int to sequence of int, or Kept
+        Decoder layer to the experts that stay; layers not named stay whole.
+    progress : bool
+        Show a bar with the time left.
+
+    Returns
+    -------
+    Path
+        The new folder.
+
+    Raises
+    ------
+    FileExistsError
+        If `target` exists.
+    FileNotFoundError, ValueError
+        As :func:`expert_blocks` and :func:`moeits.models.surgery.complete`; if `kept` is of another model by
+        its fingerprint; if an expert or router that stays holds NaN or infinite values.
+    OSError
+        If the disk is too small, before anything is written, or cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
+    blocks = dict(expert_blocks(source))
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if "text_config" in settings:
+        raise ValueError(
+            f"{source} holds more than a language model ({settings.get('model_type')}): load its language "
+            "model (moeits.load_model), prune that in memory and save it"
+        )
+    model = hollow_model(read_config(source))
+    layers = {layer.layer: layer for layer in moe_layers(model)}
+    mark = fingerprint(source)
+    if isinstance(kept, Kept) and kept.fingerprint not in (None, mark):
+        raise ValueError(
+            f"the experts were chosen for another model ({kept.model or 'not named'}, fingerprint "
+            f"{kept.fingerprint}); {source} has fingerprint {mark}"
+        )
+    kept = complete(kept, list(layers.values()), _name(source), mark)
+    tensors = stored_tensors(source)
+    pieces = _pieces(tensors.values(), layers, kept.layers)
+
+    files = defaultdict(list)
+    for piece in sorted(pieces, key=lambda piece: piece.tensor.start):
+        files[piece.tensor.file].append(piece)
+    size = sum(piece.size for piece in pieces)
+    place = next(folder for folder in target.resolve().parents if folder.exists())
+    if (free := shutil.disk_usage(place).free) < size:
+        raise OSError(errno.ENOSPC, f"the pruned model needs {size:,} bytes, free are {free:,}", str(target))
+    before = sizes(model)
+    with whole(target) as part:
+        part.mkdir()
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc="prune", disable=not progress)
+        # One file goes to the disk while the next one is copied.
+        with _one_thread(), bar, ThreadPoolExecutor(1) as disk:
+            written = []
+            for file in sorted(files):
+                _write_file(part / file.name, files[file], bar)
+                written.append(disk.submit(_to_disk, part / file.name))
+            for future in written:
+                future.result()
+        if (source / INDEX).is_file():
+            index = {
+                "metadata": {"total_size": size},
+                "weight_map": {piece.name: piece.tensor.file.name for piece in pieces},
+            }
+            (part / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in source.iterdir():
+            if file.is_file() and file.suffix not in _NOT_CARRIED and file.name not in _REPLACED:
+                shutil.copy(file, part / ("README.base.md" if file.name == "README.md" else file.name))
+        settings |= pruned_settings(settings, list(layers.values()), kept.layers, before)
+        (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        earlier = Kept.read(source / "kept.json") if (source / "kept.json").is_file() else None
+        describe_folder(part, compose(earlier, kept), base_card=read_card(source))
+        left = {layer: block.num_experts for layer, block in expert_blocks(part)}
+        if left != {layer: len(kept.layers[layer]) for layer in blocks}:
+            raise ValueError(f"{source}: its experts are stored in a way that is not known; found {left}")
+    return target
+
+
+# Other formats of the same weights would still be whole; code of the folder does not know the pruned model.
+_NOT_CARRIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".py"}
+_REPLACED = {"config.json", "kept.json", INDEX, "pytorch_model.bin.index.json"}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_ONE_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
+_ALL_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")
+_ROUTER = re.compile(r"\.(?:gate|router)\.|expert_bias$|correction_bias$")
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What of a stored tensor goes into the pruned checkpoint: runs of its bytes, and under which name."""
+
+    name: str
+    tensor: StoredTensor
+    shape: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]  # first byte in the file, number of bytes
+    checked: bool = False  # whether its values must be finite
+
+    @property
+    def size(self) -> int:
+        return sum(length for _, length in self.runs)
+
+
+def _pieces(
+    tensors: Iterable[StoredTensor], layers: Mapping[int, MoELayer], kept: Mapping[int, Sequence[int]]
+) -> list[_Piece]:
+    pieces, routers = [], Counter()
+    for tensor in tensors:
+        match = _LAYER.search(tensor.name)
+        layer = layers.get(int(match[1])) if match else None
+        dimension = None if layer is None else _experts_dimension(tensor, layer.num_experts)
+        all_bytes = ((tensor.start, tensor.stop - tensor.start),)
+        if layer is None:
+            pieces.append(_Piece(tensor.name, tensor, tensor.shape, all_bytes))
+        elif one := _ONE_EXPERT.search(tensor.name):
+            if int(one[1]) in kept[layer.layer]:
+                name = _ONE_EXPERT.sub(str(kept[layer.layer].index(int(one[1]))), tensor.name)
+                pieces.append(_Piece(name, tensor, tensor.shape, all_bytes, checked=True))
+        elif dimension is None:
+            pieces.append(_Piece(tensor.name, tensor, tensor.shape, all_bytes))
+        else:
+            routers[layer.layer] += bool(_ROUTER.search(tensor.name))
+            pieces.append(_taken(tensor, dimension, kept[layer.layer]))
+    for number, layer in layers.items():
+        if routers[number] != len(layer.router):
+            raise ValueError(
+                f"layer {number}: the router has {len(layer.router)} tensors ({', '.join(layer.router)}), "
+                f"of which the checkpoint holds {routers[number]} with {layer.num_experts} experts"
+            )
+    return pieces
+
+
+def _experts_dimension(tensor: StoredTensor, experts: int) -> int | None:
+    """Along which dimension a tensor of a Mixture-of-Experts layer is cut, if at all."""
+    if _ROUTER.search(tensor.name) and "attn." not in tensor.name and experts in tensor.shape:
+        return max(dimension for dimension, size in enumerate(tensor.shape) if size == experts)
+    if _ALL_EXPERTS.search(tensor.name) and tensor.shape[:1] == (experts,):
+        return 0
+    return None
+
+
+def _taken(tensor: StoredTensor, dimension: int, ids: Sequence[int]) -> _Piece:
+    """Take the experts `ids` along one dimension."""
+    outer, experts = prod(tensor.shape[:dimension]), tensor.shape[dimension]
+    size = (tensor.stop - tensor.start) // (outer * experts)
+    runs = tuple(
+        (tensor.start + (row * experts + expert) * size, size) for row in range(outer) for expert in ids
+    )
+    shape = (*tensor.shape[:dimension], len(ids), *tensor.shape[dimension + 1 :])
+    return _Piece(tensor.name, tensor, shape, runs, checked=True)
+
+
+def _write_file(file: Path, pieces: Sequence[_Piece], bar: tqdm) -> None:
+    """Write one safetensors file out of pieces of another, which lie in it in this order."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for piece in pieces:
+        offsets = [end, end := end + piece.size]
+        header[piece.name] = {"dtype": piece.tensor.dtype, "shape": piece.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    buffer = bytearray(_CHUNK)
+    with file.open("wb", buffering=0) as out, pieces[0].tensor.file.open("rb", buffering=0) as stored:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            for start, length in piece.runs:
+                stored.seek(start)
+                while length:
+                    view = memoryview(buffer)[: min(length, _CHUNK)]
+                    if stored.readinto(view) < len(view):
+                        raise ValueError(f"{piece.tensor.file} is cut short")
+                    if piece.checked:
+                        _check_finite(view, piece.tensor)
+                    out.write(view)
+                    bar.update(len(view))
+                    length -= len(view)
+
+
+def _to_disk(file: Path) -> None:
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sum in one thread: two that wait for each other on a busy machine take a hundred times longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_finite(values: memoryview, tensor: StoredTensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        return
+    numbers = torch.frombuffer(values, dtype=_DTYPES[tensor.dtype][1])
+    # The sum is many times faster than looking at each value, and finite only if all are.
+    if not torch.isfinite(numbers.sum()) and not torch.isfinite(numbers).all():
+        raise ValueError(f"{tensor.file}: {tensor.name} holds NaN or infinite values")
+
+
+def _layer_nmi(block: ExpertBlock, options: Mapping[str, object]) -> tuple[int, np.ndarray]:
+    try:
+        return block.layer, nmi_matrix(block, **options)
+    except ValueError as error:
+        raise ValueError(f"layer {block.layer}: {error}") from error
+
+
+def _projections(
+    layer: MoELayer, stored: Mapping[str, Mapping[int | None, StoredTensor]]
+) -> dict[str, Projection]:
+    """Find each projection of a layer among its stored tensors, by role and expert (None for all experts)."""
+    weights = dict(layer.experts.named_parameters(recurse=False))
+    neurons = 2 if layer.transposed else 1
+    found = {}
+    if "gate_up_proj" in weights:
+        both = weights["gate_up_proj"].shape[1:]
+        half = tuple(size // 2 if axis == neurons else size for axis, size in enumerate(both, start=1))
+        if "gate" in stored or "up" in stored:
+            found |= {name: _whole(layer, name, stored.get(name, {}), half) for name in ("gate", "up")}
+        else:
+            role = next((role for role in stored if role.endswith("gate_up")), "gate_up")
+            interleaved = role != "gate_up" or not getattr(layer.experts, "is_concatenated", True)
+            projection = _whole(layer, role, stored.get(role, {}), tuple(both))
+            found |= _halves(projection, interleaved=interleaved)
+    else:
+        found["up"] = _whole(layer, "up", stored.get("up", {}), tuple(weights["up_proj"].shape[1:]))
+    found["down"] = _whole(layer, "down", stored.get("down", {}), tuple(weights["down_proj"].shape[1:]))
+    return found
+
+
+def _whole(
+    layer: MoELayer, role: str, tensors: Mapping[int | None, StoredTensor], shape: tuple[int, ...]
+) -> Projection:
+    """Put one role's tensors together, after checking that every expert has one of the right shape."""
+    where = f"layer {layer.layer}: {role}"
+    if fused := tensors.get(None):
+        _check(where, fused, (layer.num_experts, *shape))
+        size = (fused.stop - fused.start) // layer.num_experts
+        pieces = tuple((fused.file, fused.start + expert * size) for expert in range(layer.num_experts))
+        return Projection(pieces, shape, fused.dtype, layer.transposed)
+    if missing := sorted(set(range(layer.num_experts)) - set(tensors)):
+        which = (
+            "all experts" if len(missing) == layer.num_experts else f"expert {', '.join(map(str, missing))}"
+        )
+        raise ValueError(f"{where} of {which} is missing in the checkpoint")
+    if len(tensors) > layer.num_experts:
+        raise ValueError(f"{where}: {len(tensors)} experts, but {layer.num_experts} by the configuration")
+    for tensor in tensors.values():
+        _check(where, tensor, shape)
+    if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
+        raise ValueError(f"{where}: the experts have different types, {', '.join(sorted(dtypes))}")
+    pieces = tuple((tensors[expert].file, tensors[expert].start) for expert in range(layer.num_experts))
+    return Projection(pieces, shape, tensors[0].dtype, layer.transposed)
+
+
+def _check(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f"{where}: {tensor.name} is {tensor.dtype}; quantised weights are not read, dequantise them first"
+        )
+    if tensor.shape != shape:
+        raise ValueError(f"{where}: {tensor.name} has shape {tensor.shape}, by the configuration {shape}")
+    if (size := prod(shape) * _DTYPES[tensor.dtype][1].itemsize) != tensor.stop - tensor.start:
+        raise ValueError(f"{tensor.file}: {tensor.name} has {tensor.stop - tensor.start} bytes of {size}")
+
+
+def _halves(both: Projection, *, interleaved: bool) -> dict[str, Projection]:
+    """Split gate and up, which are stored as one: gate first, or neuron by neuron."""
+    if interleaved:
+        return {
+            "gate": replace(both, neurons=slice(0, None, 2)),
+            "up": replace(both, neurons=slice(1, None, 2)),
+        }
+    if both.transposed:
+        half = both.shape[1] // 2
+        return {"gate": replace(both, neurons=slice(half)), "up": replace(both, neurons=slice(half, None))}
+    rows, columns = both.shape[0] // 2, both.shape[1]
+    size = rows * columns * _DTYPES[both.dtype][1].itemsize
+    return {
+        name: replace(both, shape=(rows, columns), pieces=tuple((f, at + skip) for f, at in both.pieces))
+        for name, skip in (("gate", 0), ("up", size))
+    }
+
+
+def _name(folder: str | Path) -> str:
+    """Name of a model: its name on the hub where the folder is the hub's cache, else the folder's own."""
+    folder = Path(folder).resolve()
+    cached = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
+    return cached[1].replace("--", "/") if cached else folder.name

@@ -1,0 +1,296 @@
+"""Folders of models, pruned or not: loaded without running their code, saved so that they load anywhere."""
+
+import copy
+import inspect
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from pprint import pformat
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from moeits.kept import Kept
+from moeits.machine.paths import whole
+from moeits.models.card import model_card, read_card
+from moeits.models.families import (
+    MoELayer,
+    moe_layers,
+    refusal,
+    sizes,
+)
+from moeits.models.surgery import cut_experts, refuse_router_loss, refuse_router_loss_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+REMOTE_CODE = "modeling_moeits.py"
+"""File in a pruned folder that loads it where this package is not installed."""
+
+
+def save_model(
+    model: "PreTrainedModel",
+    folder: str | Path,
+    *,
+    tokenizer: object | None = None,
+    scores: Iterable[Mapping[str, object]] = (),
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Save a pruned model as a folder that loads where this package is not installed.
+
+    Tensors have the names of the model's family, as on the hub. Where every layer keeps the same number of
+    experts the folder is a plain checkpoint of its family; elsewhere it holds the few lines of code that it
+    needs (``trust_remote_code=True``). ``kept.json`` and a model card are written beside the weights.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Model that went through :func:`moeits.models.surgery.prune_model`.
+    folder : str or Path
+        Folder to make; written whole or not at all.
+    tokenizer : optional
+        Tokenizer to save with it.
+    scores : iterable of mapping
+        Measured scores for the model card: ``task``, ``metric``, ``value``, and ``stderr``, ``n`` if known.
+    max_shard_size : int or str
+        Size of the largest weight file.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder exists.
+    ValueError
+        If the model was not pruned.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another folder, or remove it first")
+    if getattr(model, "kept", None) is None:
+        raise ValueError(
+            "this model was not pruned: save it with model.save_pretrained, or prune_model it first"
+        )
+    base = Path(model.config.name_or_path)
+    with whole(folder) as part:
+        model.save_pretrained(part, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        for pattern in ("LICENSE*", "NOTICE*"):
+            for file in base.glob(pattern) if base.is_dir() else ():
+                shutil.copy(file, part)
+        describe_folder(part, model.kept, scores=scores, base_card=read_card(base))
+    return folder
+
+
+def load_model(
+    folder: str | Path, *, device: str | torch.device | None = None, **options: object
+) -> "PreTrainedModel":
+    """Load a model, pruned or whole, without running any code of its folder.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a Hugging Face checkpoint.
+    device : str or torch.device, optional
+        Where the model goes; by default it stays where ``device_map`` says, or on the CPU.
+    **options
+        Passed on to ``from_pretrained``: ``dtype``, ``device_map``, ``experts_implementation``, ...
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        The model, in evaluation mode. A pruned one knows its ``kept.json`` as ``model.kept``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no ``config.json``.
+    ValueError
+        If it names no causal language model that transformers knows.
+    """
+    config = read_config(folder)
+    model = _model_class(config).from_pretrained(folder, config=config, **options)
+    if device is not None:
+        model.to(device)
+    if model.device.type == "cpu" and "experts_implementation" not in options:
+        from moeits.models.unstack import ONE_BY_ONE
+
+        # There the grouped matrix product, which is the default, is slower than a loop over experts.
+        model.set_experts_implementation(ONE_BY_ONE)
+    if (file := Path(folder) / "kept.json").is_file():
+        model.kept = Kept.read(file)
+    return model
+
+
+def read_config(folder: str | Path) -> "PreTrainedConfig":
+    """Read the configuration of a checkpoint's language model, without running any code of its folder."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no configuration of a model: {error!r}") from error
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(refusal(model_type))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # In a checkpoint of several models, the language model's class may take its own part alone.
+    text = config.get_text_config()
+    return text if _native_class(config).config_class is type(text) else config
+
+
+def hollow_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Build a model, pruned or whole, from its configuration alone: every tensor has a shape and no data."""
+    with torch.device("meta"):
+        return _model_class(config)._from_config(copy.deepcopy(config), dtype=config.dtype)
+
+
+def describe_folder(
+    folder: Path, kept: Kept, *, scores: Iterable[Mapping[str, object]] = (), base_card: str = ""
+) -> None:
+    """Write ``kept.json``, the model card and, where it is needed, the loading code into a pruned folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder with a ``config.json`` that :func:`moeits.models.surgery.pruned_settings` went into.
+    kept : Kept
+        What was kept.
+    scores, base_card
+        See :func:`moeits.models.card.model_card`.
+    """
+    config = read_config(folder)
+    model = hollow_model(config)
+    plain = _is_plain(config)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("auto_map", None)
+    (folder / REMOTE_CODE).unlink(missing_ok=True)
+    base = _native_class(config).__name__
+    if not plain:
+        (folder / REMOTE_CODE).write_text(_remote_code(base, moe_layers(model)), encoding="utf-8")
+        settings["auto_map"] = {"AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.Pruned{base}"}
+    settings["architectures"] = [base if plain else f"Pruned{base}"]
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    kept.write(folder / "kept.json")
+    before = config.get_text_config().unpruned
+    card = model_card(kept, before, sizes(model), plain=plain, scores=scores, base_card=base_card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _native_class(config: "PreTrainedConfig") -> type:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise ValueError(refusal(config.model_type)) from None
+
+
+def _model_class(config: "PreTrainedConfig") -> type:
+    """Class that builds the model which `config` describes, with the experts that each layer keeps.
+
+    It has the native class's name and module, so that transformers converts names of tensors as for that one.
+    """
+    native = _native_class(config)
+    if getattr(config.get_text_config(), "num_experts_per_layer", None) is None:
+        return native
+
+    def __init__(self: nn.Module, config: "PreTrainedConfig", *args: object, **options: object) -> None:
+        super(pruned, self).__init__(config, *args, **options)
+        counts = config.get_text_config().num_experts_per_layer
+        for layer in moe_layers(self):
+            count = counts[str(layer.layer)]
+            if count < layer.num_experts:
+                top_k = layer.top_k_of(count)
+                cut_experts(self, range(count), top_k, layer.tensors, layer.counters, layer.top_ks)
+        refuse_router_loss_in(self)
+
+    names = {"__init__": __init__, "__module__": native.__module__, "__qualname__": native.__qualname__}
+    pruned = type(native.__name__, (native,), names)
+    return pruned
+
+
+def _is_plain(config: "PreTrainedConfig") -> bool:
+    """Whether the family's own class builds the model that `config` describes."""
+    with torch.device("meta"):
+        native = _native_class(config)._from_config(copy.deepcopy(config), dtype=config.dtype)
+    layers = [
+        [(layer.num_experts, layer.top_k) for layer in moe_layers(m)] for m in (native, hollow_model(config))
+    ]
+    return layers[0] == layers[1]
+
+
+def _remote_code(base: str, layers: Sequence[MoELayer]) -> str:
+    """Write the source of a class that builds the pruned model, out of the functions that build it here."""
+    prefixes = {layer.layer: f"{layer.name}.".partition(f".{layer.layer}.")[0] + "." for layer in layers}
+    tables = {
+        (
+            tuple((name.removeprefix(start), dimension) for name, dimension in layer.tensors.items()),
+            tuple(name.removeprefix(start) for name in layer.counters),
+            tuple(name.removeprefix(start) for name in layer.top_ks),
+        )
+        for layer in layers
+        for start in [f"{prefixes[layer.layer]}{layer.layer}."]
+    }
+    if len(tables) != 1 or len(set(prefixes.values())) != 1:
+        raise ValueError(f"the Mixture-of-Experts layers of {base} are built differently from each other")
+    [(tensors, counters, top_ks)] = tables
+    return _TEMPLATE.format(
+        base=base,
+        prefix=prefixes[layers[0].layer],
+        layers=pformat({layer.layer: (layer.num_experts, layer.top_k) for layer in layers}, width=100),
+        tensors=pformat(dict(tensors), width=100),
+        counters=pformat(counters, width=100),
+        top_ks=top_ks,
+        cut_experts=inspect.getsource(cut_experts),
+        refuse_router_loss=inspect.getsource(refuse_router_loss),
+    )
+
+
+_TEMPLATE = '''"""Loads this checkpoint, whose layers keep different numbers of experts."""
+
+# transformers looks for the next line to know that the implementation of the experts can be chosen:
+# @use_experts_implementation
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import {base}
+
+# Decoder layer: experts, experts per token.
+LAYERS = {layers}
+# In each of these layers, tensor: dimension of the experts.
+TENSORS = {tensors}
+COUNTERS = {counters}
+TOP_KS = {top_ks}
+
+
+{cut_experts}
+
+{refuse_router_loss}
+
+class Pruned{base}({base}):
+    """{base} with the experts that are left in each layer."""
+
+    @classmethod
+    def is_custom_code(cls):
+        """Have transformers convert the names of stored tensors as for the family's own class."""
+        return False
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for layer, (count, top_k) in LAYERS.items():
+            layer = self.get_submodule(f"{prefix}{{layer}}")
+            cut_experts(layer, range(count), top_k, TENSORS, COUNTERS, TOP_KS)
+        self.register_forward_pre_hook(refuse_router_loss, with_kwargs=True)
+'''

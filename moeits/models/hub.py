@@ -1,0 +1,123 @@
+"""Models of the hub: downloaded at a revision that is written down, and pushed with their cards.
+
+Tokens come from the standard environment alone (``HF_TOKEN``, or what ``hf auth login`` wrote). An
+interrupted download goes on where it stopped, and with ``HF_HUB_OFFLINE=1`` only what was downloaded
+before is used.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from moeits.machine.paths import CACHE, whole
+
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What is downloaded: no pickled weights, no code."""
+
+
+def download(repository: str, revision: str | None = None, *, pins: Path | None = None) -> Path:
+    """Download a model, or find it downloaded.
+
+    Parameters
+    ----------
+    repository : str
+        ``OWNER/NAME``.
+    revision : str, optional
+        Branch, tag or commit. Without it the commit of the first download, which is written down; at first
+        the newest.
+    pins : Path, optional
+        Where the commits are written down; ``revisions.json`` in the cache by default. Delete a line to take
+        the newest again.
+
+    Returns
+    -------
+    Path
+        The folder. Its name is the commit.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model or revision, its terms must be accepted first, it is not here and cannot be
+        downloaded, or the disk is full. The message says what helps.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    pins = pins or CACHE / "revisions.json"
+    known = json.loads(pins.read_text()) if pins.exists() else {}
+    asked = revision or known.get(repository)
+    try:
+        folder = Path(snapshot_download(repository, revision=asked, allow_patterns=list(FILES)))
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"{repository} is gated: accept its terms on the page of the model while logged in, then log in "
+            "here with `hf auth login`, or set HF_TOKEN to a token that may read it"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(
+            f"{repository} has no revision {asked!r}: correct it in the profile or in {pins}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"there is no model {repository} on the hub, or it is private: check the name, or log in with "
+            "`hf auth login`"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        offline = " HF_HUB_OFFLINE is set: unset it, or" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ValueError(
+            f"{repository} is not on this machine and cannot be downloaded:{offline} give the folder of a "
+            "model that you have as `source` in the profile, or run again with a network, which goes on "
+            "where the download stopped"
+        ) from error
+    except OSError as error:
+        free = shutil.disk_usage(next(place for place in (CACHE, *CACHE.parents) if place.exists())).free
+        raise ValueError(
+            f"the download of {repository} failed: {error}; {free / 1e9:.0f} GB are free here. Set HF_HOME "
+            "to a larger disk if that is too little, and run again: it goes on where it stopped"
+        ) from error
+    if revision is None and repository not in known:
+        with whole(pins) as part:
+            part.write_text(json.dumps(known | {repository: folder.name}, indent=1) + "\n")
+    return folder
+
+
+def push(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Send the pruned model in a folder, with its card, to the hub.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of :func:`moeits.models.checkpoint.prune_checkpoint`.
+    repository : str
+        ``OWNER/NAME``.
+    private : bool
+        Make a repository that only its owner sees.
+
+    Returns
+    -------
+    str
+        Address of the upload.
+
+    Raises
+    ------
+    ValueError
+        If the folder is no pruned model or has no card, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    check_pushable(folder)
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder))
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        raise ValueError(f"the hub refused: {error}; log in with `hf auth login`, or set HF_TOKEN") from error
+
+
+def check_pushable(folder: Path) -> None:
+    """Raise a ValueError unless a folder holds a pruned model and its card."""
+    if not (folder / "kept.json").is_file():
+        raise ValueError(f"{folder} is no pruned model: it has no kept.json")
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"{folder} has no model card: make the folder anew with `moeits prune`")

@@ -1,0 +1,158 @@
+"""Where the tensors of a safetensors checkpoint lie, and its fingerprint."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the checkpoint.
+    file : Path
+        The safetensors file that holds it.
+    dtype : str
+        Its type as safetensors spells it: ``"BF16"``, ``"F32"``, ...
+    shape : tuple of int
+        Its shape.
+    start, stop : int
+        First byte in the file, and the one behind the last.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Find every tensor of a checkpoint, from the headers of its files.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder with ``model.safetensors``, or with several files and their index.
+
+    Returns
+    -------
+    dict of str to StoredTensor
+        By name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no safetensors checkpoint, or a file that the index names is missing.
+    ValueError
+        If a file is cut short or is no safetensors file, or lacks a tensor that the index says it holds.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
+        return read_header(folder / SINGLE)
+    try:
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
+    for file in files:
+        if not (folder / file).is_file():
+            count = sum(place == file for place in places.values())
+            raise FileNotFoundError(f"{folder / file} is missing: the index says it holds {count} tensors")
+    headers = {file: read_header(folder / file) for file in files}
+    for name, file in places.items():
+        if name not in headers[file]:
+            raise ValueError(f"{folder / file} does not hold {name}, which the index says it does")
+    return {name: headers[file][name] for name, file in places.items()}
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read the header of one safetensors file, and check that the file is complete.
+
+    Parameters
+    ----------
+    file : Path
+        A safetensors file.
+
+    Returns
+    -------
+    dict of str to StoredTensor
+        Its tensors by name.
+
+    Raises
+    ------
+    ValueError
+        If it is cut short or is no safetensors file.
+
+    References
+    ----------
+    The format: https://github.com/huggingface/safetensors#format
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        data = 8 + length
+        if data > size:
+            raise ValueError(f"{file} is cut short, or is no safetensors file")
+        try:
+            tensors = {
+                name: StoredTensor(
+                    name,
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    *(data + n for n in entry["data_offsets"]),
+                )
+                for name, entry in json.loads(stream.read(length)).items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no safetensors file: {error!r}") from error
+    end = max((tensor.stop for tensor in tensors.values()), default=data)
+    if end > size:
+        raise ValueError(f"{file} is cut short: it has {size:,} bytes of {end:,}")
+    return tensors
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Fingerprint a checkpoint: its configuration, its tensors' names, types and shapes, and some bytes.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a checkpoint.
+
+    Returns
+    -------
+    str
+        Hexadecimal. The same wherever the folder lies and however the tensors are spread over files; another
+        one when the configuration or weights change (64 bytes in the middle of every tensor are read).
+    """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    tensors = stored_tensors(folder)
+    files = {}
+    try:
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            if tensor.file not in files:
+                files[tensor.file] = tensor.file.open("rb", buffering=0)
+            middle = (tensor.start + tensor.stop) // 2
+            hashed.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            first = max(middle - 32, tensor.start)
+            hashed.update(os.pread(files[tensor.file].fileno(), min(64, tensor.stop - first), first))
+    finally:
+        for file in files.values():
+            file.close()
+    return hashed.hexdigest()[:32]

@@ -1,0 +1,808 @@
+"""All methods at equal budgets on the same models and text: quality, cost, and which experts they agree on.
+
+Each cell (model, method, budget) is one record, so that a comparison that was stopped goes on where it was.
+The few methods that matter most are taken further: scored on the benchmarks, as pruned and healed. Beside
+them stand the oracle, which tries every subset of small layers, and the speed of what methods leave.
+"""
+
+import gc
+import math
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeits import criteria, evaluation
+from moeits.criteria.controls import subsets
+from moeits.criteria.folder import ORACLE_TOKENS
+from moeits.criteria.router import evenness
+from moeits.machine import devices
+from moeits.machine.paths import CACHE
+from moeits.study import cost, records
+from moeits.study.pipeline import Step, Study
+from moeits.study.profiles import HEALINGS, Profile
+from moeits.study.records import Record
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moeits.criteria.base import Layer, Statistics
+
+REFERENCE = "moeits"
+"""The method that all others are paired with."""
+
+WHOLE = "whole"
+
+OWN = "own"
+"""The budget of as many experts in each layer as MoEITS keeps at the model's own tau."""
+
+BUDGETS = (0.25, 0.5, 0.75, OWN)
+
+FINAL = 0.5
+"""The budget at which the finalists are healed and scored."""
+
+FINALISTS = (REFERENCE, "reap", "random-token-norm", "random 0")
+"""Methods that always are among the finalists, beside the one with the fewest bits per byte."""
+
+DRAWS = 12
+"""Random subsets at the budget :data:`FINAL` in a whole comparison: the methods' place is among them."""
+
+ORACLE_LAYERS = 3
+"""Layers, spread evenly over a model, whose subsets the oracle tries."""
+
+
+FORMATS = {
+    "whole": ("whole",),
+    "pruned": ("moeits", "reap", "random-token-norm", "dern"),
+    "sparse": ("moe-pruner",),
+    "low-rank": ("moe-i2-low-rank",),
+    "int8": ("mc-moe",),
+}
+"""Ways in which a machine can run what methods leave (see :mod:`moeits.study.cost`), and methods that
+leave it."""
+
+INT8_SHARE = 0.5
+"""Share of 16 bits that eight are: kernels for fewer bits there are none of on a CPU."""
+
+Budget = float | str
+
+_SOURCES = (
+    "study/comparison",
+    "evaluation/__init__",
+    "corpus",
+    "machine/devices",
+    "models/families",
+    "models/surgery",
+    "models/folder",
+    "selection",
+    "kept",
+)
+_FINAL_SOURCES = (*_SOURCES, "evaluation/shared_prefix", "models/unstack", "healing/lora", "healing/refit")
+_STATISTICS_SOURCES = ("criteria/base", "criteria/statistics", "corpus", "machine/devices", "models/families")
+_ORACLE_SOURCES = (*_SOURCES, "criteria/base", "criteria/controls", "criteria/reconstruction")
+_SPEED_SOURCES = (
+    "study/cost",
+    "models/families",
+    "models/surgery",
+    "models/folder",
+    "models/unstack",
+    "criteria/compression",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods on one model of a profile.
+
+    Attributes
+    ----------
+    profile : Profile
+        The settings.
+    name : str
+        Name of one of its models.
+    """
+
+    profile: Profile
+    name: str
+
+    @cached_property
+    def study(self) -> Study:
+        """The model's study, whose selection at its own tau is one of the budgets."""
+        return Study(self.profile, self.name)
+
+    @property
+    def methods(self) -> list[str]:
+        """Every method that is measured in cells, a random one for each draw."""
+        return [
+            label
+            for name, criterion in criteria.CRITERIA.items()
+            if not (criterion.quoted_only or criterion.needs_loss)
+            for label in (_draws(self.profile, DRAWS) if name == "random" else [name])
+        ]
+
+    def statistics(self, text: str) -> "dict[int, Statistics]":
+        """Statistics of the calibration text or of random tokens, gathered once.
+
+        Parameters
+        ----------
+        text : {"calibration", "random"}
+            Which one.
+        """
+        from moeits.criteria.statistics import read_statistics
+
+        if text not in self._known:
+            _ = self.statistics_record(text)
+            if not self._statistics_file(text).exists():
+                self._gather(text)
+            self._known[text] = read_statistics(self._statistics_file(text))[0]
+        return self._known[text]
+
+    def statistics_record(self, text: str) -> Record:
+        """Record of the pass over a text: its tokens, and the seconds it took."""
+        return records.remember(
+            self.study.records,
+            "statistics",
+            self._statistics_inputs(text),
+            lambda: self._gather(text),
+            provenance=self._place,
+        )
+
+    def pass_seconds(self, method: str) -> float:
+        """Seconds of the pass over the text that a method reads; 0 if it reads none."""
+        text = _text(method)
+        return self.statistics_record(text).seconds if text else 0.0
+
+    def cell(self, method: str, budget: Budget) -> Record:
+        """Measure one method at one budget, or find it measured.
+
+        Parameters
+        ----------
+        method : str
+            Name of a criterion, ``"random N"`` for its draw N, or ``"whole"`` for the model as it is.
+        budget : float or "own"
+            Share of the routed experts to keep (1 for the whole model), or as many in each layer as MoEITS
+            keeps at the model's tau.
+
+        Returns
+        -------
+        Record
+            Bits per byte, perplexity, bytes of the routed experts, and the cost of the selection. Where the
+            method cannot meet the budget there are no rows, and ``details["impossible"]`` says why.
+        """
+        return records.remember(
+            self.study.records,
+            "rival",
+            self._inputs(method, budget),
+            lambda: self._measure(method, budget),
+            provenance=self._place,
+        )
+
+    def found(self) -> list[Record]:
+        """Cells of this model, as the settings are now, that were measured before."""
+        asked = [(WHOLE, 1.0), *((method, budget) for method in self.methods for budget in BUDGETS)]
+        return [
+            self.cell(method, budget)
+            for method, budget in asked
+            if records.exists(self.study.records, "rival", self._inputs(method, budget))
+        ]
+
+    def final(self, method: str, way: str | None = None) -> Record:
+        """Score a method at the budget of the finalists on the benchmarks too, or find it scored.
+
+        Parameters
+        ----------
+        method : str
+            As in :meth:`cell`; ``"whole"`` is the model as it is.
+        way : str, optional
+            How the pruned model is healed, one of :data:`moeits.study.profiles.HEALINGS`; not at all by
+            default.
+
+        Returns
+        -------
+        Record
+            Bits per byte and perplexity of the held-out text, the benchmarks' scores, and in the details the
+            answers by question.
+        """
+        return records.remember(
+            self.study.records,
+            "final",
+            self._final_inputs(method, way),
+            lambda: self._measure_final(method, way),
+            provenance=self._place,
+        )
+
+    def finals_found(self) -> list[Record]:
+        """Find the finals of this model that were measured before, as the settings are now."""
+        ways = [None, *filter(self.profile.can_heal, HEALINGS)]
+        return [
+            self.final(method, way)
+            for method, way in [(WHOLE, None), *product(self.methods, ways)]
+            if records.exists(self.study.records, "final", self._final_inputs(method, way))
+        ]
+
+    def oracle(self) -> Record:
+        """Try every subset of half of the experts in a few layers, one layer at a time, or find it done.
+
+        Returns
+        -------
+        Record
+            For each layer its best, median and worst loss of the model on calibration text and that of the
+            whole model, in nats per token. The details have, by layer, all subsets in lexicographic order,
+            the loss of each in every block of text, and the error of the layer's output. Where a layer has
+            too many subsets there are no rows, and ``details["impossible"]`` says so.
+        """
+        return records.remember(
+            self.study.records, "oracle", self._oracle_inputs(), self._try_subsets, provenance=self._place
+        )
+
+    def oracle_found(self) -> Record | None:
+        """Find what :meth:`oracle` has measured as the settings are now, if it has."""
+        known = records.exists(self.study.records, "oracle", self._oracle_inputs())
+        return self.oracle() if known else None
+
+    def speed(self, form: str, share: float) -> Record:
+        """Time a form of the model, or find it timed.
+
+        Parameters
+        ----------
+        form : str
+            Of :data:`FORMATS`.
+        share : float
+            Of the routed experts' bytes that are left.
+
+        Returns
+        -------
+        Record
+            Tokens per second of reading and writing, and memory.
+        """
+        return records.remember(
+            self.study.records,
+            "speed",
+            self._speed_inputs(form, share),
+            lambda: self._time(form, share),
+            provenance=self._place,
+        )
+
+    @property
+    def forms(self) -> list[tuple[str, float]]:
+        """Forms of the model that can be timed here, with the share of the bytes that each leaves."""
+        shares = [budget for budget in BUDGETS if budget != OWN]
+        once = {"whole": [1.0], "int8": [INT8_SHARE] if self._place["device"] == "cpu" else []}
+        return [(form, share) for form in FORMATS for share in once.get(form, shares)]
+
+    def statistics_found(self) -> list[Record]:
+        """Find the passes over texts that were made before, as the settings are now."""
+        return [
+            self.statistics_record(text)
+            for text in ("calibration", "random")
+            if records.exists(self.study.records, "statistics", self._statistics_inputs(text))
+        ]
+
+    def speeds_found(self) -> list[Record]:
+        """Find the forms that were timed before, as the settings are now."""
+        return [
+            self.speed(*form)
+            for form in self.forms
+            if records.exists(self.study.records, "speed", self._speed_inputs(*form))
+        ]
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Experts that MoEITS keeps in each layer at the model's own tau."""
+        tau = self.profile.model(self.name).tau
+        return {layer: len(chosen.kept) for layer, chosen in self.study.selections(tau).items()}
+
+    @cached_property
+    def _place(self) -> dict[str, Any]:
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        return {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch_size": self.profile.batch_size,
+            "seed": self.profile.seed,
+        }
+
+    def _statistics_inputs(self, text: str) -> dict[str, Any]:
+        return {
+            "text": text,
+            "seed": self.profile.seed if text == "random" else None,
+            "fingerprint": self.study.fingerprint,
+            "calibration_tokens": self.profile.calibration_tokens,
+            "device": self._place["device"],
+            "dtype": self._place["dtype"],
+            "source": records.source_digest(_STATISTICS_SOURCES),
+            "lock": records.lock_digest(),
+        }
+
+    def _statistics_file(self, text: str) -> Path:
+        return CACHE / "statistics" / f"{records.digest(self._statistics_inputs(text))}.npz"
+
+    def _gather(self, text: str) -> tuple[list[dict], dict]:
+        from moeits import corpus
+        from moeits.criteria.statistics import gather, random_tokens, write_statistics
+
+        model, tokens = self.study.load(), self.profile.calibration_tokens
+        if text == "random":
+            blocks = random_tokens(model, tokens, seed=self.profile.seed)
+        else:
+            blocks = corpus.blocks(text, self._tokenizer, tokens=tokens)
+        found = gather(model, blocks, batch_size=self.profile.batch_size)
+        write_statistics(self._statistics_file(text), found, self._statistics_inputs(text))
+        even = {str(number): evenness(known.gates) for number, known in found.items()}
+        row = partial(records.row, model=self.name, method="statistics", task=text, unit="1", n=len(blocks))
+        mean = float(np.mean(list(even.values())))
+        rows = [row(metric="tokens", value=int(blocks.size)), row(metric="evenness", value=mean)]
+        return rows, {"evenness": even}
+
+    @cached_property
+    def _computed(self) -> dict[tuple[str | None, int], dict]:
+        """What criteria have computed, by the text that they read and the layer."""
+        return defaultdict(dict)
+
+    @cached_property
+    def _known(self) -> "dict[str, dict[int, Statistics]]":
+        return {}
+
+    def _of_model(self, sources: Sequence[str]) -> dict[str, Any]:
+        """Name what every record of this model depends on; `sources` are modules."""
+        return self._place | {
+            "model": self.name,
+            "fingerprint": self.study.fingerprint,
+            "source": records.source_digest(sources),
+            "lock": records.lock_digest(),
+        }
+
+    def _inputs(self, method: str, budget: Budget) -> dict[str, Any]:
+        inputs = self._of_model(_SOURCES) | {
+            "method": method,
+            "budget": budget,
+            "counts": {str(layer): count for layer, count in self.counts.items()} if budget == OWN else None,
+            "heldout_tokens": self.profile.heldout_tokens,
+            "statistics": None,
+        }
+        if method != WHOLE:
+            criterion = criteria.criterion(method.split()[0])
+            inputs["criterion"] = criterion.functions
+            inputs["criterion source"] = records.source_digest(criterion.modules)
+            if text := _text(method):
+                inputs["statistics"] = records.digest(self._statistics_inputs(text))
+        return inputs
+
+    @property
+    def _oracle_tokens(self) -> int:
+        return min(ORACLE_TOKENS, self.profile.calibration_tokens)
+
+    def _oracle_inputs(self) -> dict[str, Any]:
+        return self._of_model(_ORACLE_SOURCES) | {
+            "layers": ORACLE_LAYERS,
+            "tokens": self._oracle_tokens,
+            "statistics": records.digest(self._statistics_inputs("calibration")),
+        }
+
+    def _try_subsets(self) -> tuple[list[dict], dict]:
+        from moeits import corpus
+        from moeits.criteria.reconstruction import subset_error
+
+        numbers = sorted(self._layers)
+        places = np.linspace(0, len(numbers) - 1, ORACLE_LAYERS).round().astype(int)
+        chosen = [numbers[place] for place in dict.fromkeys(places.tolist())]
+        known = self.statistics("calibration")
+        layers = {number: replace(self._layers[number], calibration=known[number]) for number in chosen}
+        try:
+            tried = {number: subsets(layer, layer.experts // 2) for number, layer in layers.items()}
+        except ValueError as error:
+            return [], {"impossible": str(error)}
+        blocks = corpus.blocks("calibration", self._tokenizer, length=128, tokens=self._oracle_tokens)
+        model = self.study.load()
+        whole, rows, details = evaluation.pruned_losses(model, {}, blocks), [], {}
+        for number, layer in layers.items():
+            losses = [evaluation.pruned_losses(model, {number: kept}, blocks) for kept in tried[number]]
+            means = np.mean(losses, axis=1)
+            values = {"best": means.min(), "median": np.median(means), "worst": means.max()}
+            rows += [
+                records.row(
+                    model=self.name,
+                    method="oracle",
+                    task=f"layer {number}",
+                    metric="nats per token",
+                    variant=variant,
+                    value=float(value),
+                    n=len(blocks),
+                    unit="nats",
+                    higher_is_better=False,
+                )
+                for variant, value in (values | {"whole": np.mean(whole)}).items()
+            ]
+            details[str(number)] = {
+                "kept": [list(kept) for kept in tried[number]],
+                "nats": np.round(losses, 6).tolist(),
+                "error": [subset_error(layer, kept) for kept in tried[number]],
+            }
+        return rows, {"layers": details, "whole": np.round(whole, 6).tolist()}
+
+    def _speed_inputs(self, form: str, share: float) -> dict[str, Any]:
+        return self._of_model(_SPEED_SOURCES) | {"form": form, "share": share}
+
+    def _time(self, form: str, share: float) -> tuple[list[dict], dict]:
+        kept = {n: range(count) for n, count in criteria.base.uniform(self._layers, share).items()}
+        place = {key: self._place[key] for key in ("device", "dtype")}
+        (found,) = cost.compare_costs(self.study.folder, kept, variants=[form], share=share, **place)
+        row = partial(records.row, model=self.name, method=form, kept_share=share, task="speed")
+        rows = [
+            row(
+                metric=metric,
+                value=found[metric],
+                stderr=found[f"{metric}_stderr"],
+                n=found["n"],
+                unit="tokens/s",
+            )
+            for metric in ("prefill", "decode")
+        ]
+        rows.append(row(metric="memory", value=found["memory_bytes"], unit="bytes", higher_is_better=False))
+        return rows, {}
+
+    @cached_property
+    def _layers(self) -> "dict[int, Layer]":
+        from moeits.criteria.statistics import layers_of
+
+        return layers_of(self.study.load())
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.study.folder)
+
+    def _final_inputs(self, method: str, way: str | None) -> dict[str, Any]:
+        profile, way = self.profile, way or ""
+        return self._inputs(method, 1.0 if method == WHOLE else FINAL) | {
+            "way": way or None,
+            "recipe": profile.healing.model_dump() if "lora" in way and profile.healing else None,
+            "refit_tokens": profile.refit_tokens if "refit" in way else None,
+            "tasks": profile.tasks,
+            "questions": profile.questions,
+            "shots": profile.shots,
+            "documents": profile.documents,
+            "source": records.source_digest(_FINAL_SOURCES),
+        }
+
+    def _choose(self, method: str, budget: Budget) -> "_Choice":
+        """Apply a criterion to every layer; a ValueError says why it cannot meet the budget."""
+        if method == WHOLE:
+            return _Choice()
+        name, _, draw = method.partition(" ")
+        criterion = criteria.criterion(name)
+        text = _text(method)
+        statistics = self.statistics(text) if text else None
+        place = "probe" if text == "random" else "calibration"
+        layers = {
+            number: replace(
+                layer,
+                seed=int(draw or 0) + self.profile.seed,
+                memory=criteria.base.Memory(self._computed[text, number]),
+                **{place: statistics and statistics[number]},
+            )
+            for number, layer in self._layers.items()
+        }
+        _reset_peak()
+        start = time.perf_counter()
+        budgets = {"counts": self.counts} if budget == OWN else {"share": budget}
+        counts = criteria.counts_for(name, layers, **budgets)
+        blocks = {}
+        if criterion.change is None:
+            kept = {number: criterion.keep(layer, counts[number]) for number, layer in layers.items()}
+            stored = sum(map(len, kept.values())) / sum(layer.experts for layer in layers.values())
+        else:
+            changes = {number: criterion.apply(layer, counts[number]) for number, layer in layers.items()}
+            kept = {number: change.kept for number, change in changes.items()}
+            blocks = {number: change.block for number, change in changes.items()}
+            experts = [layers[number].experts for number in changes]
+            stored = float(np.average([change.stored for change in changes.values()], weights=experts))
+        seconds = time.perf_counter() - start + sum(layer.memory.spared for layer in layers.values())
+        cost = {
+            "selection seconds": (seconds, "s"),
+            "selection memory": (records.peak_memory(), "bytes"),
+            "calibration tokens": (self.profile.calibration_tokens if text == "calibration" else 0, "1"),
+        }
+        return _Choice(kept, blocks, stored, cost)
+
+    def _model(self, choice: "_Choice") -> "nn.Module":
+        """Load the model that a choice leaves."""
+        from moeits.criteria.statistics import write_block
+        from moeits.models.families import moe_layers
+        from moeits.models.surgery import prune_model
+
+        model = self.study.load()
+        if choice.blocks:
+            for layer in moe_layers(model):
+                write_block(layer, choice.blocks[layer.layer])
+        return prune_model(model, choice.kept) if choice.kept else model
+
+    def _measure(self, method: str, budget: Budget) -> tuple[list[dict], dict]:
+        try:
+            choice = self._choose(method, budget)
+        except ValueError as error:
+            return [], {"impossible": str(error)}
+        details = self._as_chosen(choice)
+        rows = _text_rows(details)
+        gc.collect()
+        rows += [
+            {"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in choice.cost.items()
+        ]
+        return self._finish(method, budget, choice, rows), details | self._who_stays(choice)
+
+    def _measure_final(self, method: str, way: str | None) -> tuple[list[dict], dict]:
+        from moeits.healing.lora import restore
+
+        profile, healed = self.profile, {}
+        budget = 1.0 if method == WHOLE else FINAL
+        choice = self._choose(method, budget)
+        model = self._model(choice)
+        if way:
+            with tempfile.TemporaryDirectory() as work:
+                healed = restore(
+                    model,
+                    self._tokenizer,
+                    Path(work) / "healing",
+                    original=self.study.load if "refit" in way else None,
+                    refit_tokens=profile.refit_tokens,
+                    recipe=profile.healing if "lora" in way else None,
+                )
+        details = self._heldout(model) if way else self._as_chosen(choice, model)
+        rows = _text_rows(details)
+        items = evaluation.evaluate(
+            model,
+            self._tokenizer,
+            profile.tasks,
+            shots=profile.shots,
+            limit=profile.questions,
+            batch_size=profile.batch_size,
+            documents=profile.documents,
+            seed=profile.seed,
+        )
+        del model
+        gc.collect()
+        rows += evaluation.plain(evaluation.summarise(items)).to_dict("records")
+        rows += [
+            {"task": part, "metric": "seconds", "value": found["seconds"], "unit": "s"}
+            for part, found in healed.items()
+        ]
+        details |= {"items": evaluation.plain(items).to_dict("list")}
+        return self._finish(method, budget, choice, rows), details | self._who_stays(choice)
+
+    def _finish(self, method: str, budget: Budget, choice: "_Choice", rows: list[dict]) -> list[dict]:
+        common = {"model": self.name, "method": method, "kept_share": choice.stored, "task": "heldout"}
+        return [records.row(**common | {"variant": label(budget)} | row) for row in rows]
+
+    def _who_stays(self, choice: "_Choice") -> dict[str, Any]:
+        kept = choice.kept and {str(layer): list(ids) for layer, ids in choice.kept.items()}
+        return {"kept": kept, "experts": {str(number): of.experts for number, of in self._layers.items()}}
+
+    def _as_chosen(self, choice: "_Choice", model: "nn.Module | None" = None) -> dict[str, Any]:
+        """Measure the held-out text with what a choice leaves; the same experts are measured once."""
+
+        def measure() -> dict[str, Any]:
+            return self._heldout(self._model(choice) if model is None else model)
+
+        if choice.blocks:
+            return measure()
+        inputs = self._inputs(WHOLE, 1.0) | {"kept": self._who_stays(choice)["kept"]}
+        return records.remember(CACHE / "heldout", "heldout", inputs, lambda: ([], measure())).details
+
+    def _heldout(self, model: "nn.Module") -> dict[str, Any]:
+        """Negative log-likelihood, predicted tokens and their bytes of every block of the held-out text."""
+        from moeits import corpus
+
+        blocks = corpus.blocks("heldout", self._tokenizer, tokens=self.profile.heldout_tokens)
+        texts = [self._tokenizer.decode(block[1:], clean_up_tokenization_spaces=False) for block in blocks]
+        return {
+            "nats": evaluation.log_losses(model, blocks).tolist(),
+            "tokens": [len(block) - 1 for block in blocks],
+            "bytes": [len(text.encode()) for text in texts],
+        }
+
+
+def _text_rows(text: Mapping[str, Sequence[float]]) -> list[dict]:
+    """Rows of the held-out text, out of what its blocks say one by one."""
+    bits = evaluation.ratio(np.array(text["nats"]) / math.log(2), text["bytes"])
+    mean = evaluation.ratio(text["nats"], text["tokens"])
+    perplexity = math.exp(mean[0])
+    rows = [
+        {"metric": "bits per byte", "value": bits[0], "stderr": bits[1], "unit": "bits"},
+        {"metric": "perplexity", "value": perplexity, "stderr": perplexity * mean[1], "unit": "1"},
+    ]
+    return [row | {"n": len(text["nats"]), "higher_is_better": False} for row in rows]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a criterion leaves of a model: experts by layer, new weights, share of the bytes, and its cost."""
+
+    kept: Mapping[int, Sequence[int]] | None = None
+    blocks: Mapping[int, Any] = field(default_factory=dict)
+    stored: float = 1.0
+    cost: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+
+
+def label(budget: Budget) -> str:
+    """Name a budget in records and tables."""
+    return budget if isinstance(budget, str) else f"{budget:.0%}"
+
+
+def steps(
+    profile: Profile,
+    *,
+    models: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] | None = None,
+    draws: int = 0,
+) -> Iterator[Step]:
+    """List the measurements of a comparison, in order.
+
+    With as many experts per layer as MoEITS keeps, methods that differ only by how they spread a budget over
+    the layers are measured once.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    models, methods, budgets : sequence, optional
+        The profile's by default.
+    draws : int
+        Random subsets at the budget :data:`FINAL`, if more than the profile's.
+    """
+    methods = profile.rivals if methods is None else methods
+    budgets = profile.rival_budgets if budgets is None else budgets
+    more = {*_draws(profile, draws)} - {*_draws(profile)}
+    for name in (profile.rival_models or profile.models) if models is None else models:
+        of = partial(_one, profile.model_dump_json(), name)
+        chosen = [
+            draw
+            for method in methods
+            for draw in (_draws(profile, draws) if method == "random" else [method])
+        ]
+        yield Step("rivals", f"{name}: {WHOLE} model", lambda of=of: of().cell(WHOLE, 1.0), name)
+        for text in sorted({text for method in methods if (text := _text(method))}):
+            yield Step(
+                "rivals",
+                f"{name}: statistics of {text} tokens",
+                lambda of=of, text=text: of().statistics_record(text),
+                name,
+                phase=1,
+            )
+        same: dict[str, str] = {}
+        for method in chosen:
+            if criteria.criterion(method.split()[0]).needs_loss:
+                yield Step("rivals", f"{name}: {method}", lambda of=of: of().oracle(), name)
+                continue
+            for budget in budgets:
+                if budget != FINAL and method in more:
+                    continue
+                # With the numbers of experts given, what differs by their spread alone is one method.
+                functions = criteria.criterion(method.split()[0]).functions[:3]
+                first = same.setdefault(records.digest([functions, method.split()[1:]]), method)
+                if budget == OWN and first != method:
+                    continue
+                yield Step(
+                    "rivals",
+                    f"{name}: {method}, {label(budget)}",
+                    lambda of=of, method=method, budget=budget: of().cell(method, budget),
+                    name,
+                )
+
+
+def speed_steps(profile: Profile, models: Iterable[str]) -> Iterator[Step]:
+    """List the timings of what methods leave, which want the machine for themselves.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    models : iterable of str
+        Of the profile; those whose costs it measures (:attr:`Profile.green`) are timed.
+    """
+    for name in models:
+        if name in profile.green:
+            for form, share in Comparison(profile, name).forms:
+                of = partial(_one, profile.model_dump_json(), name)
+                yield Step(
+                    "speeds",
+                    f"{name}: speed of {form}, {label(share)}",
+                    lambda of=of, form=form, share=share: of().speed(form, share),
+                    name,
+                )
+
+
+@lru_cache(maxsize=1)
+def _one(settings: str, name: str) -> Comparison:
+    """Find the comparison that this process works on, with what it has loaded, by a profile as JSON."""
+    return Comparison(Profile.model_validate_json(settings), name)
+
+
+def finalists(cells: Iterable[Record]) -> dict[str, list[str]]:
+    """Name the methods of each model that are taken further.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+
+    Returns
+    -------
+    dict of str to list of str
+        Model -> methods: those of :data:`FINALISTS` that were measured at the budget :data:`FINAL`, and the
+        one with the fewest bits per byte of all that leave fewer experts, if it is another and no lucky draw.
+    """
+    quality: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        if cell.rows and cell.inputs["budget"] == FINAL and removes(cell):
+            (bits,) = (row["value"] for row in cell.rows if row["metric"] == "bits per byte")
+            quality.setdefault(cell.inputs["model"], {})[cell.inputs["method"]] = bits
+    chosen = {}
+    for model, found in quality.items():
+        best = min((name for name in found if not name.startswith("random ")), key=found.get, default=None)
+        fixed = [name for name in FINALISTS if name in found]
+        chosen[model] = list(dict.fromkeys([best, *fixed] if best else fixed))
+    return chosen
+
+
+def final_steps(
+    profile: Profile, cells: Iterable[Record], ways: Sequence[str | None] = (None, "refit")
+) -> Iterator[Step]:
+    """List the measurements of the finalists.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+    ways : sequence of str or None
+        How each is healed; None is as pruned.
+    """
+    for name, methods in finalists(cells).items():
+        of = partial(_one, profile.model_dump_json(), name)
+        # The longest first, so that no process is left with one at the end.
+        for way, method in [*product(reversed(ways), methods), (None, WHOLE)]:
+            yield Step(
+                "finals",
+                f"{name}: {method}, {way or 'as it is'}, benchmarks",
+                lambda of=of, method=method, way=way: of().final(method, way),
+                name,
+                way or "",
+            )
+
+
+def removes(cell: Record) -> bool:
+    """Say whether a cell's model has fewer experts than the whole one."""
+    kept = cell.details.get("kept") or {}
+    return any(len(ids) < cell.details["experts"][layer] for layer, ids in kept.items())
+
+
+def _text(method: str) -> str | None:
+    """Text that a method reads: calibration, random tokens, or none."""
+    if method == WHOLE:
+        return None
+    criterion = criteria.criterion(method.split()[0])
+    if criterion.needs_calibration:
+        return None if criterion.quoted_only else "calibration"
+    return "random" if criterion.needs_probe else None
+
+
+def _draws(profile: Profile, more: int = 0) -> list[str]:
+    """Name the random methods: as many as the profile says, or more."""
+    return [f"random {draw}" for draw in range(max(profile.random_draws, more, 1))]
+
+
+def _reset_peak() -> None:
+    """Start the count of the largest resident memory anew, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,725 @@
+"""The study of a model: each step remembered by the hash of its inputs."""
+
+import gc
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import joblib
+import numpy as np
+
+from moeits.healing.recipe import Recipe
+from moeits.machine import devices
+from moeits.machine.paths import CACHE, DATA
+from moeits.machine.spread import unordered
+from moeits.selection import Selection, select_layers
+from moeits.study import records
+from moeits.study.profiles import HEALINGS, Profile, Protocol
+from moeits.study.records import Record
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DENSE = "dense"
+
+# The modules whose source a step's result depends on.
+_SOURCES = {
+    "miniature": ("study/miniature", "healing/refit", "corpus", "machine/devices"),
+    "nmi": ("nmi", "histograms", "models/checkpoint", "models/safetensors", "models/families"),
+    "scores": (
+        *("evaluation/__init__", "evaluation/shared_prefix", "corpus", "machine/devices"),
+        *("models/families", "models/surgery", "models/folder", "selection", "kept", "models/unstack"),
+    ),
+    "green": (
+        "study/cost",
+        "machine/energy",
+        "models/families",
+        "models/surgery",
+        "models/folder",
+        "models/unstack",
+    ),
+    "healing": (
+        "healing/lora",
+        "healing/refit",
+        "models/unstack",
+        "corpus",
+        "machine/devices",
+        "models/families",
+        "models/surgery",
+        "models/folder",
+        "selection",
+        "kept",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model in one profile. Every property and method finds what was done before, or does it.
+
+    Attributes
+    ----------
+    profile : Profile
+        The settings.
+    name : str
+        Name of one of the profile's models, or ``"dense"`` for the profile's baseline.
+    """
+
+    profile: Profile
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name != DENSE:
+            self.profile.model(self.name)
+
+    @property
+    def records(self) -> Path:
+        """Folder of this profile's records."""
+        return DATA / "results" / self.profile.name
+
+    @property
+    def source(self) -> str:
+        """Where the checkpoint comes from, as the profile says it."""
+        if self.name == DENSE:
+            if self.profile.baseline is None:
+                raise ValueError(f"profile {self.profile.name!r} has no dense baseline")
+            return self.profile.baseline
+        return self.profile.model(self.name).source
+
+    @cached_property
+    def folder(self) -> Path:
+        """Folder of the whole model's checkpoint: built, downloaded or as given."""
+        kind, _, rest = self.source.partition(":")
+        if kind == "miniature":
+            asked = {"tokens": self.profile.carving_tokens, "layers": self.profile.carving_layers}
+            made_of = {
+                "name": rest,
+                **asked,
+                "source": _source("miniature"),
+                "lock": records.lock_digest(),
+            }
+            folder = CACHE / "miniature" / f"{rest}-{records.digest(made_of)}"
+            if not folder.exists():
+                from moeits.study import miniature
+
+                miniature.build(rest, folder, **asked)
+            return folder
+        if kind == "hub":
+            from moeits.models import hub
+
+            return hub.download(rest, self.profile.model(self.name).revision)
+        return Path(self.source).expanduser()
+
+    @property
+    def architecture(self) -> str:
+        """Class of the model in transformers."""
+        return json.loads((self.folder / "config.json").read_text())["architectures"][0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the maker of a laptop model says of it: layout, shares, perplexities."""
+        return json.loads((self.folder / "miniature.json").read_text())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the checkpoint."""
+        from moeits.models.safetensors import fingerprint
+
+        return fingerprint(self.folder)
+
+    @cached_property
+    def nmi(self) -> Record:
+        """Record of the NMI: mean, IQR and extremes of every layer, seconds."""
+        return self._remember("nmi", self._nmi_inputs, self._measure_nmi)
+
+    @property
+    def matrices(self) -> dict[int, np.ndarray]:
+        """NMI matrix of every Mixture-of-Experts layer, shape (E, E), by the profile's preset."""
+        return self._measured[0]
+
+    def selections(self, tau: float) -> dict[int, Selection]:
+        """Kept and removed experts of every layer at one tau."""
+        matrices, made_by = self._measured
+        return select_layers(matrices, tau=tau, diagonal=made_by["diagonal"], at_least=made_by["minimum"])[1]
+
+    def scores(self, tau: float | None = None) -> Record:
+        """Record of the sizes, the held-out perplexity and the benchmark scores at one tau, unhealed.
+
+        Parameters
+        ----------
+        tau : float, optional
+            Intensity; without it the whole model is measured.
+        """
+        kept = None if tau is None else self._kept(tau)
+        return self._scores("whole" if kept is None else "moeits", tau, kept, self.profile.tasks)
+
+    def _kept(self, tau: float) -> dict[int, list[int]]:
+        return {layer: list(chosen.kept) for layer, chosen in self.selections(tau).items()}
+
+    @property
+    def healings(self) -> list[tuple[float, str]]:
+        """Tau and way of everything that the profile heals."""
+        taus = self.profile.healed.get(self.name, {})
+        return [(tau, way) for tau, ways in taus.items() for way in ways]
+
+    @property
+    def healings_found(self) -> list[tuple[float, str, int]]:
+        """Tau, way and seed of the profile's, and of what else was healed before, as by ``moeits ablate``."""
+        wanted = [(tau, way, 0) for tau, way in self.healings]
+        ways, seeds = filter(self.profile.can_heal, HEALINGS), range(self.profile.ablation_seeds)
+        others = [at for at in product(self.ablation_taus, ways, seeds) if at not in wanted]
+        return wanted + [
+            at for at in others if records.exists(self.records, "healing", self._healing_inputs(*at))
+        ]
+
+    def healing(self, tau: float, way: str, seed: int = 0) -> Record:
+        """Record of a healing: seconds and, layer by layer or step by step, what it reached.
+
+        Parameters
+        ----------
+        tau : float
+            Intensity of the pruning.
+        way : str
+            One of :data:`moeits.study.profiles.HEALINGS`.
+        seed : int
+            Is added to the recipe's seed.
+        """
+        inputs = self._healing_inputs(tau, way, seed)
+        return self._remember("healing", inputs, lambda: self._heal(tau, way, seed))
+
+    def healed_scores(self, tau: float, way: str, seed: int = 0) -> Record:
+        """Record of the scores of the model pruned at `tau` and healed.
+
+        Parameters
+        ----------
+        tau, way, seed
+            As in :meth:`healing`.
+        """
+        return self._scores(way, tau, self._kept(tau), self.profile.tasks, healed_with=seed)
+
+    def protocol_scores(self, protocol: Protocol, tau: float | None = None, way: str | None = None) -> Record:
+        """Record of the scores by another protocol, with the questions of the profile.
+
+        Parameters
+        ----------
+        protocol : Protocol
+            Shots and chat template.
+        tau : float, optional
+            Intensity; without it the whole model is measured.
+        way : str, optional
+            How the pruned model is healed, as in :meth:`healing`; not at all by default.
+        """
+        kept = None if tau is None else self._kept(tau)
+        method = way or ("whole" if tau is None else "moeits")
+        healed = None if way is None else 0
+        return self._scores(method, tau, kept, self.profile.tasks, healed_with=healed, protocol=protocol)
+
+    @property
+    def protocol_states(self) -> list[tuple[float | None, str | None]]:
+        """Tau and way to heal of the models that other protocols score: whole, pruned, healed by LoRA."""
+        own = self.profile.model(self.name).tau
+        return [(None, None), (own, None), *([(own, "lora")] if (own, "lora") in self.healings else [])]
+
+    def _recipe(self, way: str, seed: int) -> Recipe | None:
+        recipe = self.profile.healing
+        if "lora" not in way or recipe is None:
+            return None
+        return recipe.model_copy(update={"seed": recipe.seed + seed})
+
+    def _healing_inputs(self, tau: float, way: str, seed: int = 0) -> dict[str, Any]:
+        if way not in HEALINGS:
+            raise ValueError(f"no way to heal is called {way!r}: there are {', '.join(HEALINGS)}")
+        if "lora" in way and self.profile.healing is None:
+            raise ValueError(f"profile {self.profile.name!r} has no settings of healing")
+        if "refit" in way and not self.profile.refit_tokens:
+            raise ValueError(f"profile {self.profile.name!r} has no refit_tokens")
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        recipe = self._recipe(way, seed)
+        return {
+            "fingerprint": self.fingerprint,
+            "kept": {str(layer): ids for layer, ids in self._kept(tau).items()},
+            "way": way,
+            "recipe": recipe and recipe.model_dump(),
+            "refit_tokens": self.profile.refit_tokens if "refit" in way else None,
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "source": _source("healing"),
+            "lock": records.lock_digest(),
+        }
+
+    def _healed_folder(self, tau: float, way: str, seed: int) -> Path:
+        return CACHE / "healed" / f"{self.name}-{records.digest(self._healing_inputs(tau, way, seed))}"
+
+    def _heal(self, tau: float, way: str, seed: int) -> tuple[list[dict], dict]:
+        """Prune, heal and save the model in the cache; return rows and details of its record."""
+        import torch
+        from transformers import AutoTokenizer
+
+        from moeits.healing.lora import restore
+        from moeits.models.folder import save_model
+
+        folder = self._healed_folder(tau, way, seed)
+        # With another number of threads a refit ends in other last digits, and the training goes another way.
+        work = folder.with_name(f"{folder.name}-{torch.get_num_threads()}.work")
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        model = self._pruned(self._kept(tau))
+        details = restore(
+            model,
+            tokenizer,
+            work,
+            original=self.load if "refit" in way else None,
+            refit_tokens=self.profile.refit_tokens,
+            recipe=self._recipe(way, seed),
+            progress=True,
+        )
+        if not folder.exists():
+            save_model(model, folder, tokenizer=tokenizer)
+        shutil.rmtree(work, ignore_errors=True)
+        common = {"model": self.name, "method": way, "tau": tau}
+        rows = [
+            records.row(**common, task=part, metric="seconds", value=found["seconds"], unit="s")
+            for part, found in details.items()
+        ]
+        if "lora" in details:
+            last = details["lora"]["losses"][-8:]
+            loss = {"value": float(np.mean(last)), "n": len(last), "unit": "nat/token"}
+            rows.append(records.row(**common, task="lora", metric="training loss", **loss))
+            tokens = {"value": details["lora"]["tokens"], "unit": "tokens"}
+            rows.append(records.row(**common, task="lora", metric="training text", **tokens))
+        return rows, details
+
+    def green(self) -> Record:
+        """Record of what the model costs at its own tau: memory, bytes, speed, energy, by variant."""
+        from moeits.study.cost import VARIANTS
+
+        profile = self.profile
+        tau = profile.model(self.name).tau
+        device, dtype, _ = devices.choose(profile.device, profile.dtype)
+        settings = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        kept = self._kept(tau)
+        inputs = settings | {
+            "fingerprint": self.fingerprint,
+            "kept": {str(layer): ids for layer, ids in kept.items()},
+            "variants": [name for name in VARIANTS if name != "int8" or device.type == "cpu"],
+            "source": _source("green"),
+            "lock": records.lock_digest(),
+        }
+
+        def measure() -> tuple[list[dict], dict]:
+            from moeits.study.cost import compare_costs
+
+            found = compare_costs(self.folder, kept, variants=inputs["variants"], **settings)
+            units = {
+                "file_bytes": "bytes",
+                "memory_bytes": "bytes",
+                "multiply_adds": "1/token",
+                "prefill": "token/s",
+                "decode": "token/s",
+                "joules": "J/token",
+                "surgery": "s",
+            }
+            rows = [
+                records.row(
+                    model=self.name,
+                    method=costs["variant"],
+                    tau=tau,
+                    metric=metric,
+                    value=costs[metric],
+                    unit=unit,
+                    stderr=costs.get(f"{metric}_stderr"),
+                )
+                for costs in found
+                for metric, unit in units.items()
+                if costs[metric] is not None
+            ]
+            return rows, {}
+
+        return self._remember("green", inputs, measure, **settings)
+
+    def load(self, folder: Path | None = None) -> "nn.Module":
+        """Load the model, or that of another folder, as it is scored."""
+        from moeits.models.folder import load_model
+
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        if self.profile.device_map:
+            return load_model(folder or self.folder, dtype=dtype, device_map=self.profile.device_map)
+        return load_model(folder or self.folder, dtype=dtype, device=device)
+
+    def _pruned(self, kept: dict[int, list[int]]) -> "nn.Module":
+        """Load the model without the experts that go."""
+        from moeits.models.checkpoint import prune_checkpoint
+        from moeits.models.surgery import prune_model
+
+        if not self.profile.device_map:
+            return prune_model(self.load(), kept)
+        # What lies outside the GPU cannot be cut in memory.
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            return self.load(prune_checkpoint(self.folder, Path(folder) / "pruned", kept))
+
+    @property
+    def taus(self) -> list[float]:
+        """The profile's taus and the model's own, largest first."""
+        return sorted({*self.profile.tau_grid, self.profile.model(self.name).tau}, reverse=True)
+
+    @property
+    def ablation_taus(self) -> list[float]:
+        """The taus of ``moeits ablate``, largest first."""
+        return sorted({*self.taus, *self.profile.ablation_taus}, reverse=True)
+
+    def curve(self) -> list[Record]:
+        """Measure the whole model and then every tau, as :meth:`scores` does.
+
+        Taus of the ablation come along where they were measured before.
+        """
+        found = [
+            tau
+            for tau in self.ablation_taus
+            if tau in self.taus or records.exists(self.records, "scores", self._scores_inputs("moeits", tau))
+        ]
+        return [self.scores(), *map(self.scores, found)]
+
+    def controls(self, tau: float) -> list[Record]:
+        """Measure the held-out perplexity with as many experts per layer as at `tau`, but random ones.
+
+        Parameters
+        ----------
+        tau : float
+            Intensity, which sets the number of experts of every layer.
+        """
+        counts = {layer: len(chosen.kept) for layer, chosen in self.selections(tau).items()}
+        found = []
+        for draw in range(self.profile.random_draws):
+            rng = np.random.default_rng([self.profile.seed, draw])
+            kept = {
+                layer: sorted(rng.choice(len(self.matrices[layer]), count, replace=False).tolist())
+                for layer, count in counts.items()
+            }
+            found.append(self._scores(f"random {draw}", tau, kept, []))
+        return found
+
+    def _remember(self, step: str, inputs: dict, measure: Callable, **provenance: Any) -> Record:
+        if self.source.startswith("hub:"):
+            provenance["revision"] = self.folder.name
+        return records.remember(self.records, step, inputs, measure, provenance=provenance)
+
+    @property
+    def _nmi_inputs(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "preset": self.profile.preset,
+            "source": _source("nmi"),
+            "lock": records.lock_digest(),
+        }
+
+    @property
+    def _matrices_file(self) -> Path:
+        return CACHE / "nmi" / f"{records.digest(self._nmi_inputs)}.npz"
+
+    @cached_property
+    def _measured(self) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+        """The NMI matrices, and what made them: diagonal, fewest experts per layer, ..."""
+        from moeits.nmi import read_matrices
+
+        _ = self.nmi  # which writes the file, unless its record is there already
+        if not self._matrices_file.exists():
+            self._measure_nmi()
+        return read_matrices(self._matrices_file)
+
+    def _measure_nmi(self) -> tuple[list[dict], dict]:
+        from moeits.models.checkpoint import measure_nmi
+        from moeits.nmi import write_matrices
+
+        matrices, made_by = measure_nmi(self.folder, preset=self.profile.preset)
+        write_matrices(self._matrices_file, matrices, made_by)
+        rows = []
+        for layer, R in matrices.items():
+            values = R[np.triu_indices_from(R, 1)]
+            low, high = np.percentile(values, [25, 75])
+            summary = {"mean": values.mean(), "iqr": high - low, "min": values.min(), "max": values.max()}
+            rows += [
+                records.row(
+                    model=self.name,
+                    method="moeits",
+                    task=f"layer {layer}",
+                    metric="nmi",
+                    variant=name,
+                    value=float(value),
+                    n=values.size,
+                    unit="1",
+                )
+                for name, value in summary.items()
+            ]
+        return rows, {}
+
+    def _questions(self, tau: float | None) -> int | None:
+        """Questions per benchmark: more where the model's page compares."""
+        at_page = self.name == DENSE or tau in (None, self.profile.model(self.name).tau)
+        return (self.profile.questions_at_page_tau if at_page else None) or self.profile.questions
+
+    def _scores_inputs(
+        self,
+        method: str,
+        tau: float | None,
+        kept: dict[int, list[int]] | None = None,
+        tasks: list[str] | None = None,
+        *,
+        healed_with: int | None = None,
+        protocol: Protocol | None = None,
+    ) -> dict[str, Any]:
+        """All that a score depends on; by default that of the model pruned at `tau` on all benchmarks."""
+        profile = self.profile
+        kept = self._kept(tau) if kept is None and tau is not None else kept
+        tasks = profile.tasks if tasks is None else tasks
+        device, dtype, _ = devices.choose(profile.device, profile.dtype)
+        return {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch_size": profile.batch_size,
+            "seed": profile.seed,
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "method": method,
+            "tau": tau,
+            "kept": None if kept is None else {str(layer): ids for layer, ids in kept.items()},
+            "tasks": tasks,
+            "questions": profile.questions if protocol else self._questions(tau),
+            "shots": protocol.shots if protocol else profile.shots,
+            "documents": profile.documents,
+            "heldout_tokens": None if protocol else profile.heldout_tokens,
+            **({"chat_template": protocol.chat_template} if protocol else {}),
+            **({} if healed_with is None else self._healed(tau, method, healed_with)),
+            "source": _source("scores"),
+            "lock": records.lock_digest(),
+        }
+
+    def _healed(self, tau: float, way: str, seed: int) -> dict[str, Any]:
+        return {"healed": self.healing(tau, way, seed).id, "healing seed": seed}
+
+    def _scores(
+        self,
+        method: str,
+        tau: float | None,
+        kept: dict[int, list[int]] | None,
+        tasks: list[str],
+        *,
+        healed_with: int | None = None,
+        protocol: Protocol | None = None,
+    ) -> Record:
+        """Score a model: whole, pruned, or healed with a seed; by another protocol only on the benchmarks."""
+        profile = self.profile
+        inputs = self._scores_inputs(method, tau, kept, tasks, healed_with=healed_with, protocol=protocol)
+        settings = {key: inputs[key] for key in ("device", "dtype", "batch_size", "seed")}
+
+        def measure() -> tuple[list[dict], dict]:
+            from transformers import AutoTokenizer
+
+            from moeits import corpus, evaluation
+
+            kept_share = 1.0
+            if kept is not None:
+                kept_share = sum(map(len, kept.values())) / sum(map(len, self.matrices.values()))
+            if healed_with is not None:
+                folder = self._healed_folder(tau, method, healed_with)
+                if not folder.exists():
+                    self._heal(tau, method, healed_with)
+                model = self.load(folder)
+            else:
+                model = self.load() if kept is None else self._pruned(kept)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            rows, details = [], {}
+            if not protocol:
+                blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
+                text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
+                rows = _size_rows(model, dense=self.name == DENSE)
+                rows.append(
+                    {
+                        "task": "heldout",
+                        "metric": "perplexity",
+                        "unit": "1",
+                        "higher_is_better": False,
+                        **text,
+                    }
+                )
+            if tasks:
+                items = evaluation.evaluate(
+                    model,
+                    tokenizer,
+                    tasks,
+                    shots=inputs["shots"],
+                    limit=inputs["questions"],
+                    batch_size=profile.batch_size,
+                    documents=profile.documents,
+                    chat_template=bool(protocol and protocol.chat_template),
+                    seed=profile.seed,
+                )
+                rows += evaluation.plain(evaluation.summarise(items)).to_dict("records")
+                details["items"] = evaluation.plain(items).to_dict("list")
+            del model
+            gc.collect()
+            common = {"model": self.name, "method": method, "tau": tau, "kept_share": kept_share}
+            return [records.row(**common | row) for row in rows], details
+
+        return self._remember("protocol" if protocol else "scores", inputs, measure, **settings)
+
+
+def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
+    if dense:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        found = {"parameters": total, "active parameters": total}
+    else:
+        from moeits.models.families import sizes
+
+        size = sizes(model)
+        found = {
+            "parameters": size.total,
+            "routed-expert parameters": size.routed,
+            "active parameters": size.active,
+            "bytes": size.bytes,
+            "routed experts": sum(size.experts.values()),
+        }
+    return [
+        {"metric": "size", "variant": variant, "value": value, "unit": "bytes" if variant == "bytes" else "1"}
+        for variant, value in found.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a profile: what is done, for which model, and the call that does it or finds it done.
+
+    `way` is how the model is healed, where it is. Steps of one `phase` do not depend on each other.
+    """
+
+    stage: str
+    label: str
+    do: Callable[[], object]
+    model: str = ""
+    way: str = ""
+    phase: int = 2
+
+
+def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
+    """Every measurement of a profile, in the order in which they build on each other.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    only : str, optional
+        One model of the profile; all, and the dense baseline, without it.
+    """
+    chosen = [only] if only else [*([DENSE] if profile.baseline else []), *profile.models]
+    studies = [Study(profile, name) for name in chosen]
+    for study in studies:
+        yield Step(
+            "models", f"{study.name}: checkpoint", lambda study=study: study.folder, study.name, phase=0
+        )
+    for study in studies:
+        if study.name != DENSE:
+            yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi, study.name, phase=1)
+    for study in studies:
+        yield from _study_steps(study)
+
+
+def _study_steps(study: Study) -> Iterator[Step]:
+    """List what is measured of one model after its NMI."""
+    name = study.name
+    yield Step("scores", f"{name}: whole model", study.scores, name)
+    if name == DENSE:
+        return
+    own = study.profile.model(name).tau
+    for tau in study.taus:
+        yield Step("scores", f"{name}: tau = {tau:g}", partial(study.scores, tau), name)
+    yield Step("controls", f"{name}: random experts", partial(study.controls, own), name)
+    if name in study.profile.green:
+        yield Step("green", f"{name}: memory and speed", study.green, name)
+    for tau, way in study.healings:
+        label = f"{name}: tau = {tau:g}, {way}"
+        yield Step("healing", label, partial(study.healing, tau, way), name, way)
+        yield Step("scores", f"{label}: scores", partial(study.healed_scores, tau, way), name, way, phase=3)
+    if name in study.profile.protocol_models:
+        for protocol, (tau, way) in product(study.profile.protocols, study.protocol_states):
+            state = "whole model" if tau is None else f"tau = {tau:g}" + (f", {way}" if way else "")
+            yield Step(
+                "protocols",
+                f"{name}: {state}, {protocol}",
+                partial(study.protocol_scores, protocol, tau, way),
+                name,
+                way or "",
+                phase=3,
+            )
+
+
+def ablation(profile: Profile, name: str) -> Iterator[Step]:
+    """Every tau of a profile for one model, pruned and, where the profile heals, healed by LoRA.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings.
+    name : str
+        One of its models.
+    """
+    study = Study(profile, name)
+    for step in steps(profile, name):
+        if step.stage in ("models", "NMI") or step.label == f"{name}: whole model":
+            yield step
+    for tau in study.ablation_taus:
+        yield Step("scores", f"{name}: tau = {tau:g}", partial(study.scores, tau), name)
+    if profile.healing is None:
+        return
+    for tau, seed in product(study.ablation_taus, range(profile.ablation_seeds)):
+        label = f"{name}: tau = {tau:g}, lora, seed {seed}"
+        yield Step("healing", label, partial(study.healing, tau, "lora", seed), name, "lora")
+        scores = partial(study.healed_scores, tau, "lora", seed)
+        yield Step("scores", f"{label}: scores", scores, name, "lora", phase=3)
+
+
+def do(
+    steps: Iterable[Step], *, say: Callable[[str], None] = print, backend: str | None = None, **options: Any
+) -> list[Any]:
+    """Do steps, one after the other here or spread over many processes and machines.
+
+    Parameters
+    ----------
+    steps : iterable of Step
+        What to do. What was done before is found in the records.
+    say : callable
+        Takes the lines of progress.
+    backend : str, optional
+        See :func:`moeits.machine.spread.unordered`. With one, the steps of a phase run at once. What a lost
+        worker did is done again by another; after the loss of all, a second call does what is left.
+    **options
+        For the backend.
+
+    Returns
+    -------
+    list
+        What the steps return, in their order.
+    """
+    steps = list(steps)
+    found: dict[int, Any] = {}
+    for phase in sorted({step.phase for step in steps}):
+        numbered = [(number, step) for number, step in enumerate(steps) if step.phase == phase]
+        tasks = (joblib.delayed(_timed)(number, step) for number, step in numbered)
+        for number, result, seconds in unordered(tasks, backend, **options):
+            found[number] = result
+            say(f"[{len(found):3}/{len(steps)}] {steps[number].label}: {seconds:.1f} s")
+    return [found[number] for number in range(len(steps))]
+
+
+def _timed(number: int, step: Step) -> tuple[int, Any, float]:
+    start = time.perf_counter()
+    result = step.do()
+    return number, result, time.perf_counter() - start
+
+
+def _source(step: str) -> str:
+    return records.source_digest(_SOURCES[step])

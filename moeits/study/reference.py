@@ -1,0 +1,184 @@
+"""The laptop profile's records that are part of the repository, and the README's table made of them."""
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from moeits.machine.paths import DATA, ROOT, whole
+from moeits.study import profiles, records
+from moeits.study.profiles import Profile
+
+REFERENCE = DATA / "reference" / "laptop"
+_MARKS = "<!-- results of the laptop profile, by make reference -->", "<!-- end of the results -->"
+
+
+def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFERENCE) -> None:
+    """Copy records to where they are committed; those of steps that were not measured again stay.
+
+    Of records that differ by the code alone, the newest is taken. A comparison of methods of which a first
+    book measures a part does not replace a larger one.
+
+    Parameters
+    ----------
+    results, reference : Path
+        Folders of records.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no scores.
+    """
+    found = _newest(Path(results).glob("*.json"))
+    if "scores" not in {_step(file) for file in found}:
+        raise FileNotFoundError(f"{results} holds no scores: run `make book` first")
+    before = list(Path(reference).glob("*.json"))
+    sizes = [sum(_step(file) == "rival" for file in files) for files in (found, before)]
+    if sizes[0] < sizes[1]:
+        found = [file for file in found if _step(file) not in _RIVALS]
+    steps = {_step(file) for file in found}
+    kept = [file for file in before if _step(file) not in steps]
+    with whole(Path(reference).with_suffix(".new")) as part:
+        part.mkdir()
+        for file in [*found, *kept]:
+            shutil.copy(file, part / file.name)
+    shutil.rmtree(reference, ignore_errors=True)
+    Path(reference).with_suffix(".new").rename(reference)
+
+
+_RIVALS = ("rival", "final", "statistics", "oracle", "speed")
+
+# Inputs that change with the code while the question stays the same.
+_HASHES = ("source", "lock", "criterion", "criterion source", "statistics", "healed", "benchmark")
+
+
+def _newest(files: Iterable[Path]) -> list[Path]:
+    found = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        inputs = records.read(file).inputs
+        found[_step(file), records.digest({key: inputs[key] for key in inputs if key not in _HASHES})] = file
+    return sorted(found.values())
+
+
+def summary(folder: Path, profile: Profile) -> pd.DataFrame:
+    """Summarise the scores of a run: whole, pruned, random and healed models.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of its records.
+    profile : Profile
+        Its settings, which say at what tau each model is shown.
+
+    Returns
+    -------
+    DataFrame
+        A line for each model and state: model, state, kept (share of the routed experts), perplexity, bits
+        per byte and acc (means over the benchmarks) with a column of standard errors each (``perplexity
+        stderr``, ...), questions. Of several random draws or seeds the means.
+    """
+    rows = records.frame(records.load(folder, "scores"))
+    lines = []
+    for name in ["dense", *profile.models]:
+        part = rows[rows.model == name]
+        own = None if name == "dense" else profile.model(name).tau
+        shown = part[part.tau.isna() | (part.tau == own)]
+        for method, state in _STATES.items():
+            chosen = shown[
+                shown.method.str.startswith("random") if method == "random" else shown.method == method
+            ]
+            if chosen.empty:
+                continue
+            perplexity = chosen[chosen.metric == "perplexity"]
+            mean = chosen[chosen.task == "mean"]
+            found = {
+                "perplexity": perplexity,
+                "bits per byte": mean[mean.variant == "bits_per_byte"],
+                "acc": mean[mean.variant == "acc"],
+            }
+            line = {
+                "model": name,
+                "state": "dense" if name == "dense" else state.format(tau=own, draws=len(perplexity)),
+                "kept": None if name == "dense" else chosen.kept_share.iloc[0],
+            }
+            for measure, values in found.items():
+                line[measure] = values.value.astype(float).mean()
+                line[f"{measure} stderr"] = values.stderr.astype(float).mean()
+            line["questions"] = found["acc"].n.max()
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def results_table(reference: Path = REFERENCE) -> str:
+    """Tabulate the scores of a folder of the laptop profile's records, in Markdown.
+
+    Parameters
+    ----------
+    reference : Path
+        Folder of records.
+
+    Returns
+    -------
+    str
+        The table, values with one standard error.
+    """
+    lines = [
+        "| model | | routed experts | perplexity | bits per byte | accuracy | questions |",
+        "|:---|:---|---:|---:|---:|---:|---:|",
+    ]
+    before = None
+    for line in summary(reference, profiles.load("laptop")).to_dict("records"):
+        cells = [
+            line["model"] if line["model"] != before else "",
+            line["state"],
+            "" if pd.isna(line["kept"]) else f"{line['kept']:.1%}",
+            with_error(line["perplexity"], line["perplexity stderr"], ".1f"),
+            with_error(line["bits per byte"], line["bits per byte stderr"], ".3f"),
+            with_error(line["acc"], line["acc stderr"], ".3f"),
+            "" if pd.isna(line["questions"]) else f"{line['questions']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        before = line["model"]
+    return "\n".join(lines) + "\n"
+
+
+def with_error(value: float, stderr: float, style: str) -> str:
+    """Write a value with its standard error; large ones with an exponent, missing ones not at all."""
+    if pd.isna(value):
+        return ""
+    style = style if value < 1e4 else ".1e"
+    return f"{value:{style}} ± {stderr:{style.lstrip('+')}}"
+
+
+def update_readme(readme: Path = ROOT / "README.md", reference: Path = REFERENCE) -> None:
+    """Put the table of results into the README, between its two marks."""
+    first, last = map(re.escape, _MARKS)
+    text, table = Path(readme).read_text(encoding="utf-8"), results_table(reference)
+    new, count = re.subn(
+        f"{first}.*{last}", lambda _: f"{_MARKS[0]}\n{table}{_MARKS[1]}", text, flags=re.DOTALL
+    )
+    if count != 1:
+        raise ValueError(f"{readme} does not have the two marks {_MARKS[0]} and {_MARKS[1]}")
+    with whole(Path(readme)) as part:
+        part.write_text(new, encoding="utf-8")
+
+
+_STATES = {
+    "whole": "whole",
+    "moeits": "pruned, tau {tau:g}",
+    "random": "as many experts at random, mean of {draws}",
+    "refit": "pruned and refitted",
+    "lora": "pruned and healed by LoRA",
+    "refit + lora": "pruned, refitted and healed",
+}
+
+
+def _step(file: Path) -> str:
+    return file.stem.rpartition("-")[0]
+
+
+if __name__ == "__main__":
+    publish()
+    update_readme()

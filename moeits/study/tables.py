@@ -1,0 +1,424 @@
+"""What the comparison of methods says: tables out of its records.
+
+:mod:`moeits.study.comparison` measures them.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtr
+
+from moeits import criteria, evaluation
+from moeits.machine.paths import DATA
+from moeits.study import comparison, records
+from moeits.study.comparison import FINAL, FORMATS, REFERENCE, Comparison, label, removes
+from moeits.study.profiles import Profile
+from moeits.study.records import Record
+
+_COLUMNS = [
+    "model",
+    "method",
+    "budget",
+    "record",
+    "impossible",
+    "stored",
+    "bits per byte",
+    "stderr",
+    "perplexity",
+]
+_COLUMNS += ["selection seconds", "selection memory", "calibration tokens"]
+_COLUMNS += ["difference", "difference stderr", "verdict"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Records that the book shows: this machine's, or those of the project's own run if that has more.
+
+    Attributes
+    ----------
+    cells, finals, oracles, speeds, statistics : list of Record
+        By kind of measurement.
+    source : str
+        Which of the two they are, in a sentence.
+    """
+
+    cells: list[Record]
+    finals: list[Record]
+    oracles: list[Record]
+    speeds: list[Record]
+    statistics: list[Record]
+    source: str
+
+
+def shown(profile: Profile) -> Shown:
+    """Find the comparison that the book shows.
+
+    Parameters
+    ----------
+    profile : Profile
+        The settings. The project's own run is that of the laptop profile.
+    """
+    compared = [Comparison(profile, name) for name in profile.models]
+    here = [cell for one in compared for cell in one.found()]
+    published = DATA / "reference" / "laptop"
+    other = records.load(published, "rival") if profile.name == "laptop" else []
+    if len(here) >= len(other):
+        return Shown(
+            here,
+            [final for one in compared for final in one.finals_found()],
+            [oracle for one in compared if (oracle := one.oracle_found())],
+            [speed for one in compared for speed in one.speeds_found()],
+            [found for one in compared for found in one.statistics_found()],
+            f"The {len(here)} measurements of this page were made on this machine.",
+        )
+    by_place = {_place(cell): cell for cell in here}
+    gaps = [
+        abs(sum(cell.details["nats"]) / sum(again.details["nats"]) - 1)
+        for cell in other
+        if cell.rows and (again := by_place.get(_place(cell)))
+    ]
+    source = (
+        f"The {len(other)} measurements of this page are those of the project's own run (commit "
+        f"{str(other[0].provenance['commit'])[:10]}). This run has repeated {len(gaps)} of them; the bits "
+        f"per byte differ by at most {max(gaps, default=0):.1%}."
+    )
+    kinds = ("final", "oracle", "speed", "statistics")
+    return Shown(other, *(records.load(published, kind) for kind in kinds), source)
+
+
+def _place(cell: Record) -> tuple[str, str, comparison.Budget]:
+    return tuple(cell.inputs[key] for key in ("model", "method", "budget"))
+
+
+def describe(names: Iterable[str] | Mapping[str, object] = criteria.CRITERIA) -> pd.DataFrame:
+    """Tabulate the methods: title, citation, definition, equation, calibration, what is simplified."""
+    lines = []
+    for name in names:
+        entry = criteria.criterion(name)
+        lines.append(
+            {
+                "name": name,
+                "method": entry.title,
+                "citation": entry.citation,
+                "definition": entry.definition,
+                "equation": entry.equation,
+                "calibration": entry.needs_calibration,
+                "simplified": entry.simplified,
+                "kind": (
+                    "quoted only"
+                    if entry.quoted_only
+                    else "changes weights"
+                    if entry.change
+                    else "keeps experts"
+                ),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def table(cells: Iterable[Record]) -> pd.DataFrame:
+    """Tabulate cells, each paired with MoEITS at the same budget, block by block.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+
+    Returns
+    -------
+    DataFrame
+        One row per cell: model, method, budget, stored (share of the routed experts' bytes), bits per byte
+        with stderr, difference to MoEITS with its own stderr and the :func:`verdict`, perplexity, seconds and
+        memory of the selection, calibration tokens, impossible (why there is no number).
+    """
+    cells = list(cells)
+    by_key = {
+        (cell.inputs["model"], cell.inputs["method"], label(cell.inputs["budget"])): cell for cell in cells
+    }
+    lines = []
+    for (model, method, budget), cell in by_key.items():
+        line = {"model": model, "method": method, "budget": budget, "record": cell.id}
+        line["impossible"] = cell.details.get("impossible")
+        values = {row["metric"]: row for row in cell.rows}
+        if values:
+            line |= {
+                "stored": values["perplexity"]["kept_share"],
+                "bits per byte": values["bits per byte"]["value"],
+                "stderr": values["bits per byte"]["stderr"],
+                "perplexity": values["perplexity"]["value"],
+            }
+            for metric in ("selection seconds", "selection memory", "calibration tokens"):
+                line[metric] = values[metric]["value"] if metric in values else None
+            other = by_key.get((model, REFERENCE, budget))
+            if other is not None and other.rows and method != REFERENCE:
+                line["difference"], line["difference stderr"] = found = paired(cell, other)
+                line["verdict"] = verdict(*found)
+        lines.append(line)
+    return pd.DataFrame(lines, columns=_COLUMNS).astype({"difference": float, "difference stderr": float})
+
+
+def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
+    """Tabulate finals, each paired with MoEITS healed in the same way.
+
+    Parameters
+    ----------
+    finals : iterable of Record
+        From :meth:`Comparison.final`.
+
+    Returns
+    -------
+    DataFrame
+        model, method, way (None as pruned), bits per byte and acc (mean over the benchmarks) with their
+        stderr, their difference to MoEITS with its own error, questions, and flips: those that one of the
+        two answers rightly and the other does not.
+    """
+    finals = list(finals)
+    by_key = {(final.inputs["model"], final.inputs["method"], final.inputs["way"]): final for final in finals}
+    lines = []
+    for (model, method, way), final in by_key.items():
+        line = {"model": model, "method": method, "way": way, "record": final.id}
+        for row in final.rows:
+            if row["metric"] == "bits per byte" and row["task"] == "heldout":
+                line |= {"bits per byte": row["value"], "stderr": row["stderr"]}
+            if row["task"] == evaluation.MEAN and row["variant"] == "acc":
+                line |= {"acc": row["value"], "acc stderr": row["stderr"], "questions": row["n"]}
+        other = by_key.get((model, REFERENCE, way))
+        if other is not None and method != REFERENCE:
+            line["difference"], line["difference stderr"] = paired(final, other)
+            both = paired_answers(final, other)
+            line |= {"acc difference": both.difference, "acc difference stderr": both.stderr}
+            line["flips"] = both.flips
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def verdict(difference: float, stderr: float) -> str:
+    """Name a difference in bits per byte, "better" or "worse" beyond two errors, else "no difference"."""
+    if abs(difference) <= 2 * stderr:
+        return "no difference"
+    return "better" if difference < 0 else "worse"
+
+
+def by_chance(blocks: int) -> float:
+    """Share of pairs of equals that :func:`verdict` would tell apart, by Student's t over so many blocks."""
+    return float(2 * stdtr(blocks - 1, -2))
+
+
+def paired(cell: Record, other: Record) -> tuple[float, float]:
+    """Difference of two cells in bits per byte, and its standard error over the blocks of the same text."""
+    if cell.details["bytes"] != other.details["bytes"]:
+        raise ValueError("the two cells were not measured on the same text")
+    bits = (np.array(cell.details["nats"]) - np.array(other.details["nats"])) / math.log(2)
+    return evaluation.ratio(bits, cell.details["bytes"])
+
+
+def paired_answers(final: Record, other: Record) -> pd.Series:
+    """Compare two finals in mean accuracy: a row of :func:`moeits.evaluation.compare`."""
+    items = [pd.DataFrame(record.details["items"]) for record in (other, final)]
+    return evaluation.compare(*items).set_index(["task", "variant"]).loc[evaluation.MEAN, "acc"]
+
+
+def differences(cells: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """Compare methods in pairs, at every model and budget at which both were measured.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`moeits.study.comparison.Comparison.cell`.
+    pairs : iterable of (str, str)
+        Methods.
+
+    Returns
+    -------
+    DataFrame
+        model, budget, first, second, difference (bits per byte of the first less those of the second) with
+        its stderr, and :func:`verdict`.
+    """
+    found: dict[tuple[str, comparison.Budget], dict[str, Record]] = {}
+    for cell in cells:
+        if cell.rows:
+            place = cell.inputs["model"], cell.inputs["budget"]
+            found.setdefault(place, {})[cell.inputs["method"]] = cell
+    lines = []
+    for ((model, budget), methods), (first, second) in product(found.items(), pairs):
+        if first in methods and second in methods:
+            value, error = paired(methods[first], methods[second])
+            line = {"model": model, "budget": label(budget), "first": first, "second": second}
+            lines.append(line | {"difference": value, "stderr": error, "verdict": verdict(value, error)})
+    columns = ["model", "budget", "first", "second", "difference", "stderr", "verdict"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def oracle_table(oracles: Iterable[Record], cells: Iterable[Record]) -> pd.DataFrame:
+    """Rank methods among all subsets of a layer's experts by the model's loss.
+
+    Parameters
+    ----------
+    oracles : iterable of Record
+        From :meth:`Comparison.oracle`.
+    cells : iterable of Record
+        From :meth:`Comparison.cell`; those that keep half of a layer's experts, and change no weight, count.
+
+    Returns
+    -------
+    DataFrame
+        model, layer, method, rank (1 is the best subset), subsets (their number), loss (nats per token) less
+        that of the best subset, and its stderr over the blocks of text. "layer error" is the subset whose
+        layer output is nearest to the whole layer's.
+    """
+    cells, lines = list(cells), []
+    for record in oracles:
+        for number, layer in record.details.get("layers", {}).items():
+            nats, found = np.array(layer["nats"]), [tuple(kept) for kept in layer["kept"]]
+            means = nats.mean(axis=1)
+            chosen = {"layer error": found[int(np.argmin(layer["error"]))]}
+            for cell in cells:
+                if cell.inputs["model"] == record.inputs["model"] and cell.inputs["budget"] == FINAL:
+                    kept = tuple((cell.details.get("kept") or {}).get(number, ()))
+                    if removes(cell) and criteria.criterion(cell.inputs["method"].split()[0]).change is None:
+                        chosen[cell.inputs["method"]] = kept
+            for method, kept in chosen.items():
+                if kept in found:
+                    at = found.index(kept)
+                    off = nats[at] - nats[means.argmin()]
+                    lines.append(
+                        {
+                            "model": record.inputs["model"],
+                            "layer": int(number),
+                            "method": method,
+                            "rank": int((means < means[at]).sum()) + 1,
+                            "subsets": len(found),
+                            "loss": off.mean(),
+                            "stderr": off.std(ddof=1) / math.sqrt(len(off)),
+                        }
+                    )
+    return pd.DataFrame(lines)
+
+
+def speed_table(speeds: Iterable[Record], cells: Iterable[Record]) -> pd.DataFrame:
+    """Set what methods leave beside removed experts at equal measured speed.
+
+    Parameters
+    ----------
+    speeds : iterable of Record
+        From :meth:`Comparison.speed`.
+    cells : iterable of Record
+        From :meth:`Comparison.cell`.
+
+    Returns
+    -------
+    DataFrame
+        model, form, share (of the routed experts' bytes), method (that leaves this form); reading, writing
+        (tokens per second) with their stderr; bits per byte with its stderr; and, for the whole model and
+        methods that change weights, ``as fast``: the largest share of experts with which a model with fewer
+        experts, or the whole one, reads no slower (within two joint standard errors).
+    """
+    by_cell = {
+        (cell.inputs["model"], cell.inputs["method"], cell.inputs["budget"]): cell
+        for cell in cells
+        if cell.rows
+    }
+    timed = [
+        {
+            **{key: speed.inputs[key] for key in ("model", "form", "share")},
+            **{
+                name: row[part]
+                for row in speed.rows
+                for metric, label in (("prefill", "reading"), ("decode", "writing"))
+                for part, name in (("value", label), ("stderr", f"{label} stderr"))
+                if row["metric"] == metric
+            },
+        }
+        for speed in speeds
+    ]
+    lines = []
+    for line in timed:
+        rivals = [
+            other
+            for other in timed
+            if other["model"] == line["model"]
+            and other["form"] in ("whole", "pruned")
+            and other["reading"]
+            >= line["reading"] - 2 * math.hypot(other["reading stderr"], line["reading stderr"])
+        ]
+        fast = max((other["share"] for other in rivals), default=None)
+        for method in FORMATS[line["form"]]:
+            cell = by_cell.get((line["model"], method, line["share"]))
+            bits = next((row for row in cell.rows if row["metric"] == "bits per byte"), {}) if cell else {}
+            lines.append(
+                line
+                | {"method": method, "as fast": None if line["form"] == "pruned" else fast}
+                | {"bits per byte": bits.get("value"), "stderr": bits.get("stderr")}
+            )
+    columns = ["model", "form", "share", "reading", "reading stderr", "writing", "writing stderr"]
+    return pd.DataFrame(lines, columns=[*columns, "method", "as fast", "bits per byte", "stderr"])
+
+
+def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
+    """Compare which experts the methods keep, in pairs, at the same model and budget.
+
+    Parameters
+    ----------
+    cells : iterable of Record
+        From :meth:`Comparison.cell`; those that remove no expert are left out.
+
+    Returns
+    -------
+    DataFrame
+        model, budget, first, second, jaccard (mean over layers), chance (of random sets).
+    """
+    sets: dict[tuple[str, str], dict[str, Record]] = {}
+    for cell in cells:
+        if removes(cell):
+            sets.setdefault((cell.inputs["model"], label(cell.inputs["budget"])), {})[
+                cell.inputs["method"]
+            ] = cell
+    lines = []
+    for (model, budget), members in sets.items():
+        for (first, a), (second, b) in combinations(members.items(), 2):
+            mine, theirs, experts = a.details["kept"], b.details["kept"], a.details["experts"]
+            lines.append(
+                {
+                    "model": model,
+                    "budget": budget,
+                    "first": first,
+                    "second": second,
+                    "jaccard": float(np.mean([jaccard(mine[layer], theirs[layer]) for layer in mine])),
+                    "chance": float(
+                        np.mean(
+                            [
+                                chance_jaccard(len(mine[layer]), len(theirs[layer]), experts[layer])
+                                for layer in mine
+                            ]
+                        )
+                    ),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def jaccard(first: Sequence[int], second: Sequence[int]) -> float:
+    """Experts in both sets over experts in either."""
+    return len(set(first) & set(second)) / len(set(first) | set(second))
+
+
+def chance_jaccard(first: int, second: int, experts: int) -> float:
+    """Mean Jaccard overlap of two independent random sets of given sizes out of `experts`.
+
+    The number in both is hypergeometric.
+    """
+    total = math.comb(experts, second)
+    return (
+        sum(
+            both
+            / (first + second - both)
+            * math.comb(first, both)
+            * math.comb(experts - first, second - both)
+            for both in range(max(0, first + second - experts), min(first, second) + 1)
+        )
+        / total
+    )
