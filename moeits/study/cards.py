@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from moeits.paths import whole
+from moeits.machine.paths import whole
 from moeits.study import corpus, trained
 
 TEXT = trained.MODELS / "text.csv"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moeits.families import expert_block, moe_layers
+from moeits.models.families import expert_block, moe_layers
 from moeits.study import corpus, trained, training
 from moeits.study.initialisation import branches, redraw, router_rows, slices
 
