@@ -10,7 +10,7 @@ OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test book book-student book-pdf ablation rivals bench paper-check reference clean
+.PHONY: help env lock lint format test book book-student book-pdf ablation rivals train bench paper-check reference clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ ablation: env ## measure the whole tau grid of MODEL (all models without it) in 
 
 rivals: env ## measure all methods at equal budgets in PROFILE, several at once
 	$(RUN)moeits rivals --profile $(PROFILE) --backend loky
+
+train: env ## train MODEL of data/models and what it needs (all models without it: hours; resumes)
+	$(RUN)moeits train $(MODEL)
 
 bench: env ## time the NMI on layers of the paper's exact shapes, and the scoring of questions
 	$(RUN)python benchmarks/nmi.py

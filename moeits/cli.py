@@ -195,6 +195,24 @@ def _backend_options(backend: str | None, scheduler: str | None) -> dict[str, ob
 
 
 @main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
+@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+def train(names: Sequence[str], jobs: int, quiet: bool) -> None:
+    """Train the small models of data/models, or those NAMEd and what they need.
+
+    A killed run resumes from its last state; a finished model is not trained again.
+
+    Example: moeits train upcycled-1 --jobs 1
+    """
+    from moeits.study import cards, trained
+
+    for folder in trained.train_all(names, jobs=jobs, progress=not quiet):
+        click.echo(folder)
+    cards.write_cards()
+
+
+@main.command()
 @click.argument("model", required=False)
 @click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
 @_spread
