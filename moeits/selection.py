@@ -29,7 +29,7 @@ class Step(NamedTuple):
         Their redundancy ``R[pair]``.
     row_means : tuple[float, float]
         Mean redundancy of each of the two with all other experts left at this step. The larger one goes; when
-        they are equal, the second.
+        they are equal, the second. With groups, one whose group already lost an expert in this round stays.
     """
 
     removed: int
@@ -72,6 +72,7 @@ def select_experts(
     n_keep: int | None = None,
     diagonal: str = "zero",
     at_least: int = 1,
+    groups: int = 1,
 ) -> Selection:
     """Select the experts of one layer that stay.
 
@@ -90,8 +91,11 @@ def select_experts(
         Number of experts to keep.
     diagonal : {"zero", "one", "exclude"}
         What mean and IQR take for R's diagonal: 0 (the authors' code), 1 (NMI as defined), or leave it out.
-    at_least : int
+    at_least : int, default=1
         Never keep fewer than this many (all, where the layer has fewer).
+    groups : int, default=1
+        Groups of the router, which must stay equally large: experts 0 to E / groups - 1 are the first, and
+        so on.
 
     Returns
     -------
@@ -101,12 +105,20 @@ def select_experts(
     Raises
     ------
     ValueError
-        If R is not a finite symmetric matrix, or an option is out of its range.
+        If R is not a finite symmetric matrix, or an option is out of its range; if `n_keep` is no multiple of
+        `groups`.
 
     Notes
     -----
     Ties: the first largest pair in row-major order; of two equal row means, the second expert goes. Row sums
     are rounded once (``math.fsum``), so that equal rows tie whatever the order of their entries.
+
+    The paper does not treat routers that first select groups of experts (DeepSeek-V2, DeepSeek-V3). Their
+    groups must stay equally large, so experts go in rounds: each round is Algorithm 3, restricted to removals
+    from groups that have lost none in this round, until every group has lost one. How many experts stay is
+    what Algorithm 3 keeps without groups, rounded to the nearest multiple of the groups (halves up). As the
+    order of removal depends neither on tau nor on a budget, a larger one still keeps a superset; with one
+    group this is Algorithm 3.
 
     References
     ----------
@@ -121,19 +133,61 @@ def select_experts(
     (1, 2)
     """
     R = _checked(R)
-    experts = len(R)
-    _check_floor(at_least)
     if (tau is None) == (n_keep is None):
         raise ValueError("give either tau or n_keep")
+    check_budget(len(R), n_keep=n_keep, tau=tau, at_least=at_least, groups=groups)
     if n_keep is not None:
-        if not 1 <= n_keep <= experts:
-            raise ValueError(f"n_keep is {n_keep}, but the layer has {experts} experts")
-        if n_keep < at_least:
-            raise ValueError(f"n_keep is {n_keep}, below the floor of {at_least} experts per layer")
-        steps = tuple(_removals(R))[: experts - n_keep]
-        return _selection(experts, steps, threshold=None)
-    _check_tau(tau)
-    return _select_by_tau(experts, tuple(_removals(R)), _location(R, diagonal), tau, at_least)
+        return _selection(len(R), tuple(_removals(R, groups))[: len(R) - n_keep], threshold=None)
+    return _select_by_tau(_Layer.of(R, diagonal, groups), tau, at_least)
+
+
+def check_budget(
+    experts: int,
+    *,
+    tau: float | None = None,
+    n_keep: int | None = None,
+    share: float | None = None,
+    at_least: int = 1,
+    groups: int = 1,
+    where: str = "",
+) -> None:
+    """Check what can be known of a budget before anything is measured.
+
+    Parameters
+    ----------
+    experts : int
+        Experts E of a layer.
+    tau, n_keep, share, at_least, groups
+        As in :func:`select_layers`; what is None is not checked.
+    where : str, default=""
+        Names the layer in errors.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of its range, or `n_keep` does not leave the groups equally large.
+    """
+    if tau is not None and not (math.isfinite(tau) and tau >= 0):
+        raise ValueError(f"tau is {tau}: give a finite number, 0 or larger")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
+    if at_least < 1:
+        raise ValueError(f"at_least is {at_least}: a layer keeps 1 expert or more")
+    if groups < 1 or experts % groups:
+        raise ValueError(f"{where}{experts} experts cannot form {groups} groups of equal size")
+    if n_keep is None:
+        return
+    if not 1 <= n_keep <= experts:
+        raise ValueError(f"{where}n_keep is {n_keep}, but the layer has {experts} experts")
+    if n_keep < at_least:
+        raise ValueError(f"{where}n_keep is {n_keep}, below the floor of {at_least} experts per layer")
+    if n_keep % groups:
+        lower = n_keep - n_keep % groups
+        near = " or ".join(str(n) for n in (lower, lower + groups) if n >= at_least)
+        raise ValueError(
+            f"{where}n_keep is {n_keep}, but the router selects among {groups} groups of experts, which must "
+            f"stay equally large: choose {near}"
+        )
 
 
 def select_share(
@@ -142,6 +196,7 @@ def select_share(
     *,
     diagonal: str = "zero",
     at_least: int = 1,
+    groups: int = 1,
 ) -> tuple[float, dict[int, Selection]]:
     """Find the tau that keeps a share of all routed experts of a model.
 
@@ -154,7 +209,7 @@ def select_share(
         R of every layer.
     share : float
         Fraction of all routed experts to keep, in (0, 1].
-    diagonal, at_least
+    diagonal, at_least, groups
         As in :func:`select_experts`.
 
     Returns
@@ -171,35 +226,33 @@ def select_share(
     """
     if not matrices:
         raise ValueError("there is no layer to select from")
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
-    _check_floor(at_least)
     layers = {}
     for layer, matrix in matrices.items():
         R = _checked(matrix, f"layer {layer}: ")
-        layers[layer] = (len(R), tuple(_removals(R)), _location(R, diagonal))
-    total = sum(experts for experts, _, _ in layers.values())
+        check_budget(len(R), share=share, at_least=at_least, groups=groups, where=f"layer {layer}: ")
+        layers[layer] = _Layer.of(R, diagonal, groups)
+    total = sum(layer.experts for layer in layers.values())
 
     def select(tau: float) -> dict[int, Selection]:
-        return {layer: _select_by_tau(*known, tau, at_least) for layer, known in layers.items()}
+        return {number: _select_by_tau(layer, tau, at_least) for number, layer in layers.items()}
 
     def kept(tau: float) -> int:
         return sum(len(selection.kept) for selection in select(tau).values())
 
     # Step k of a layer is taken where nmi_k > mean + tau IQR, that is below this tau:
     critical = {
-        (step.nmi - location[0]) / location[1]
-        for _, steps, location in layers.values()
-        if location and location[1] > 0
-        for step in steps
-        if step.nmi > location[0]
+        (nmi - layer.mean) / layer.iqr
+        for layer in layers.values()
+        if layer.iqr > 0
+        for nmi in layer.largest
+        if nmi > layer.mean
     }
     bounds = [0.0, *sorted(critical), 1 + max(critical, default=0.0)]
     # The middle between two of them, so that rounding cannot blur which steps are taken.
     taus = [(low + high) / 2 for low, high in pairwise(bounds)]
     target = share * total
     fewest, most = kept(taus[0]), kept(taus[-1])
-    if not fewest - 1 < target < most + 1:
+    if not fewest - groups < target < most + groups:
         raise ValueError(
             f"a share of {share:g} of {total} experts is out of reach: tau >= 0 keeps {fewest} to {most}. "
             "Choose a number per layer (n_keep), another diagonal or another at_least"
@@ -220,6 +273,7 @@ def select_layers(
     share: float | None = None,
     diagonal: str = "zero",
     at_least: int = 1,
+    groups: int = 1,
 ) -> tuple[dict[str, float], dict[int, Selection]]:
     """Select the experts of every layer by exactly one of tau, a number per layer, or a share of all.
 
@@ -227,7 +281,7 @@ def select_layers(
     ----------
     matrices : mapping of int to ndarray, shape (E, E)
         R of every layer.
-    tau, n_keep, share, diagonal, at_least
+    tau, n_keep, share, diagonal, at_least, groups
         As in :func:`select_experts` and :func:`select_share`.
 
     Returns
@@ -246,7 +300,7 @@ def select_layers(
     budget = {name: value for name, value in given.items() if value is not None}
     if len(budget) != 1:
         raise ValueError("give exactly one of tau, n_keep and share")
-    options = {"diagonal": diagonal, "at_least": at_least}
+    options = {"diagonal": diagonal, "at_least": at_least, "groups": groups}
     if share is not None:
         found, selections = select_share(matrices, share, **options)
         return {**budget, "tau": found}, selections
@@ -265,22 +319,10 @@ def _checked(R: np.ndarray, where: str = "") -> np.ndarray:
     return R
 
 
-def _check_tau(tau: float) -> None:
-    if not (math.isfinite(tau) and tau >= 0):
-        raise ValueError(f"tau is {tau}: give a finite number, 0 or larger")
-
-
-def _check_floor(at_least: int) -> None:
-    if at_least < 1:
-        raise ValueError(f"at_least is {at_least}: a layer keeps 1 expert or more")
-
-
-def _location(R: np.ndarray, diagonal: str) -> tuple[float, float] | None:
+def _location(R: np.ndarray, diagonal: str) -> tuple[float, float]:
     """Mean and interquartile range (linear interpolation) of R, read once before anything is removed."""
     if diagonal not in DIAGONALS:
         raise ValueError(f"diagonal is {diagonal!r}: choose one of {', '.join(DIAGONALS)}")
-    if len(R) == 1:
-        return None
     if diagonal == "exclude":
         entries = R[~np.eye(len(R), dtype=bool)]
     else:
@@ -290,31 +332,58 @@ def _location(R: np.ndarray, diagonal: str) -> tuple[float, float] | None:
     return float(entries.mean()), float(upper - lower)
 
 
-def _removals(R: np.ndarray) -> Iterator[Step]:
-    """Yield Algorithm 3's removals until one expert is left; threshold and budget decide where to stop."""
+def _removals(R: np.ndarray, groups: int = 1) -> Iterator[Step]:
+    """Yield the removals until one expert of every group is left; threshold and budget decide where to stop.
+
+    With one group these are Algorithm 3's. With more, pairs are masked of which neither expert may go.
+    """
     pairs = np.where(np.triu(np.ones(R.shape, dtype=bool), 1), R, -np.inf)
-    left = list(range(len(R)))
-    while len(left) > 1:
-        i, j = (int(index) for index in divmod(int(pairs.argmax()), len(R)))
+    left, size = list(range(len(R))), len(R) // groups
+    may_go = np.ones(len(R), dtype=bool)
+    while len(left) > groups:
+        allowed = np.where(may_go[:, None] | may_go[None], pairs, -np.inf)
+        i, j = (int(index) for index in divmod(int(allowed.argmax()), len(R)))
         means = tuple(
             math.fsum(R[expert, k] for k in left if k != expert) / (len(left) - 1) for expert in (i, j)
         )
-        removed = i if means[0] > means[1] else j
+        removed = i if may_go[i] and (means[0] > means[1] or not may_go[j]) else j
         yield Step(removed, (i, j), float(R[i, j]), means)
         left.remove(removed)
         pairs[removed, :] = pairs[:, removed] = -np.inf
+        may_go[np.arange(len(R)) // size == removed // size] = False
+        if not may_go.any():  # every group has lost one: the next round
+            may_go[:] = True
 
 
-def _select_by_tau(
-    experts: int, steps: tuple[Step, ...], location: tuple[float, float] | None, tau: float, at_least: int
-) -> Selection:
-    if location is None:
+class _Layer(NamedTuple):
+    """What selecting by tau needs to know of a layer, whatever the tau."""
+
+    experts: int
+    groups: int
+    mean: float
+    iqr: float
+    largest: tuple[float, ...]
+    """Largest redundancy that is left before each removal without groups, which never grows."""
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(cls, R: np.ndarray, diagonal: str, groups: int) -> "_Layer":
+        steps = tuple(_removals(R))
+        in_rounds = steps if groups == 1 else tuple(_removals(R, groups))
+        largest = tuple(step.nmi for step in steps)
+        location = (0.0, 0.0) if len(R) == 1 else _location(R, diagonal)
+        return cls(len(R), groups, *location, largest, in_rounds)
+
+
+def _select_by_tau(layer: _Layer, tau: float, at_least: int) -> Selection:
+    experts, groups = layer.experts, layer.groups
+    if experts == 1:
         return _selection(experts, (), threshold=None)
-    threshold = location[0] + tau * location[1]
-    # The largest redundancy never grows as experts go, so the steps above the threshold come first.
-    wanted = sum(step.nmi > threshold for step in steps)
-    allowed = max(experts - at_least, 0)
-    return _selection(experts, steps[: min(wanted, allowed)], threshold, floor_reached=wanted > allowed)
+    threshold = layer.mean + tau * layer.iqr
+    wanted = sum(nmi > threshold for nmi in layer.largest)
+    floor = min(-(-at_least // groups) * groups, experts)
+    keep = (2 * (experts - wanted) + groups) // (2 * groups) * groups  # the nearest multiple, halves up
+    return _selection(experts, layer.steps[: experts - max(keep, floor)], threshold, keep < floor)
 
 
 def _selection(
@@ -341,7 +410,7 @@ def choose(
         R of every layer.
     made_by : mapping
         What made them: ``model``, ``fingerprint``, ``preset``, ``diagonal``, ``minimum`` (fewest experts per
-        layer), each where it is known.
+        layer), ``groups`` (of the router), each where it is known.
     diagonal, at_least : optional
         As in :func:`select_experts`; what `made_by` says by default.
     **budget
@@ -358,7 +427,8 @@ def choose(
         "diagonal": diagonal or made_by.get("diagonal", "zero"),
         "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
     }
-    found, selections = select_layers(matrices, **budget, **options)
+    groups = made_by.get("groups", 1)
+    found, selections = select_layers(matrices, **budget, **options, groups=groups)
     kept = Kept(
         {layer: selection.kept for layer, selection in selections.items()},
         {layer: len(R) for layer, R in matrices.items()},

@@ -65,6 +65,7 @@ def simplify(
         "preset": preset,
         "diagonal": chosen.diagonal,
         "minimum": max(layer.minimum for layer in layers),
+        "groups": max(layer.groups for layer in layers),
     }
     _, kept = choose(matrices, made_by, at_least=at_least, tau=tau, n_keep=n_keep, share=share)
     return prune_model(model, kept)

@@ -19,7 +19,17 @@ from moeits.criteria import (
     reconstruction,
     router,
 )
-from moeits.criteria.base import Change, Choose, Layer, Score, Spread, across_layers, best, uniform
+from moeits.criteria.base import (
+    Change,
+    Choose,
+    Layer,
+    Score,
+    Spread,
+    across_layers,
+    best,
+    uniform,
+    whole_groups,
+)
 
 # What the modules of criteria import from elsewhere in the package.
 _IMPORTS = {
@@ -110,14 +120,14 @@ class Criterion:
         ValueError
             If the number is out of range, statistics are missing, or the method chooses no experts.
         """
-        _check_number(layer, n_keep)
+        _check_number(layer, n_keep, layer.groups)
         if self.choose is not None:
             return tuple(self.choose(layer, n_keep))
         if self.score is not None:
             scores = np.asarray(self.score(layer))
             if not np.isfinite(scores).all():
                 raise ValueError(f"layer {layer.number}: {self.title} gives scores that are not finite")
-            return best(scores, n_keep)
+            return best(scores, n_keep, layer.groups)
         what = "is only quoted" if self.quoted_only else "changes weights instead of choosing experts"
         raise ValueError(f"{self.title} {what}")
 
@@ -141,7 +151,12 @@ def _named(part: object) -> object:
     return f"{part.__module__}.{part.__qualname__}" if callable(part) else part
 
 
-def _check_number(layer: Layer, n_keep: int) -> None:
+def _check_number(layer: Layer, n_keep: int, groups: int = 1) -> None:
+    if n_keep % groups:
+        raise ValueError(
+            f"layer {layer.number}: cannot keep {n_keep} experts: the router selects among {groups} groups, "
+            "which must stay equally large"
+        )
     if not layer.minimum <= n_keep <= layer.experts:
         raise ValueError(
             f"layer {layer.number}: cannot keep {n_keep} of {layer.experts} experts, at least {layer.minimum}"
@@ -204,7 +219,7 @@ def counts_for(
         return dict(counts)
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
-    return criterion(name).spread(layers, share)
+    return whole_groups(criterion(name).spread(layers, share), layers)
 
 
 def select(

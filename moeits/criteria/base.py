@@ -1,9 +1,11 @@
 """What a criterion takes and gives: weights and statistics of a layer in, kept experts out. Arrays only."""
 
+import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +29,10 @@ class Routing:
         Factor on the weights.
     bias : ndarray, shape (E,)
         Added to the scores for the choice of experts, not for their weights.
+    groups, top_groups : int, default=1
+        Groups of experts, of which a token's are those with the largest scores.
+    ranked_by : int, default=1
+        A group's score is the sum of that many of its best experts' scores.
     """
 
     scores: str
@@ -34,6 +40,9 @@ class Routing:
     normalised: bool
     scale: float
     bias: np.ndarray
+    groups: int = 1
+    top_groups: int = 1
+    ranked_by: int = 1
 
     def gates(self, logits: np.ndarray, kept: Sequence[int] | None = None) -> np.ndarray:
         """Weights of the experts when only some of them are left.
@@ -57,8 +66,15 @@ class Routing:
             scores /= scores.sum(axis=1, keepdims=True)
         else:
             scores = 1 / (1 + np.exp(-left))
-        top_k = min(self.top_k, len(ids))
-        chosen = np.argsort(-(scores + self.bias[ids]), axis=1, kind="stable")[:, :top_k]
+        top_k = min(self.top_k, len(ids) * self.top_groups // self.groups)
+        ranked = scores + self.bias[ids]
+        if self.groups > 1:
+            group = ids // (logits.shape[1] // self.groups)
+            best = [np.sort(ranked[:, group == g], axis=1)[:, -self.ranked_by :] for g in range(self.groups)]
+            order = np.argsort(-np.stack([part.sum(axis=1) for part in best], axis=1), axis=1, kind="stable")
+            # Minus infinity in all groups but the first of this order.
+            ranked[np.argsort(order, axis=1)[:, group] >= self.top_groups] = -np.inf
+        chosen = np.argsort(-ranked, axis=1, kind="stable")[:, :top_k]
         weights = np.take_along_axis(scores, chosen, axis=1)
         if self.normalised:
             weights = weights / weights.sum(axis=1, keepdims=True)
@@ -158,8 +174,8 @@ class Layer:
         Rows of the router.
     family : str
         The model's ``model_type``.
-    minimum : int
-        Fewest experts with which the layer works.
+    minimum, groups : int
+        Fewest experts with which the layer works, and groups of its router, which must stay equally large.
     calibration : Statistics, optional
         Of calibration text.
     probe : Statistics, optional
@@ -178,6 +194,7 @@ class Layer:
     router: np.ndarray
     family: str = ""
     minimum: int = 1
+    groups: int = 1
     calibration: Statistics | None = None
     probe: Statistics | None = None
     loss: Callable[[Sequence[int]], float] | None = None
@@ -214,7 +231,7 @@ class Layer:
         if self.statistics.routing is None:
             raise ValueError(
                 f"layer {self.number}: the router of this {self.family!r} model is not a top-k of softmax or "
-                "sigmoid scores over one group of experts, so its choice among fewer experts is not known"
+                "sigmoid scores, so its choice among fewer experts is not known"
             )
         return self.statistics.routing
 
@@ -261,9 +278,57 @@ Choose = Callable[[Layer, int], Sequence[int]]
 Spread = Callable[[Mapping[int, Layer], float], dict[int, int]]
 
 
-def best(scores: np.ndarray, n_keep: int) -> tuple[int, ...]:
-    """Keep the `n_keep` largest scores (E,); of equal ones, the first."""
-    return tuple(sorted(np.argsort(-np.asarray(scores), kind="stable")[:n_keep].tolist()))
+def best(scores: np.ndarray, n_keep: int, groups: int = 1) -> tuple[int, ...]:
+    """Keep the `n_keep` largest scores (E,), as many in each of the groups; of equal ones, the first."""
+    parts = np.split(np.asarray(scores), groups)
+    return in_groups(lambda g, n: np.argsort(-parts[g], kind="stable")[:n], len(scores), n_keep, groups)
+
+
+def in_groups(
+    choose: Callable[[int, int], Sequence[int]], experts: int, n_keep: int, groups: int
+) -> tuple[int, ...]:
+    """Keep as many experts of each group of a router.
+
+    Parameters
+    ----------
+    choose : callable
+        Group, number -> members to keep, counted from the group's first expert.
+    experts, n_keep, groups : int
+        All experts of the layer, how many of them to keep, and its groups.
+    """
+    size = experts // groups
+    return tuple(
+        sorted(group * size + int(k) for group in range(groups) for k in choose(group, n_keep // groups))
+    )
+
+
+def number_of_subsets(layer: Layer, n_keep: int) -> int:
+    """Count the subsets of `n_keep` experts with as many in each group of the router."""
+    return math.comb(layer.experts // layer.groups, n_keep // layer.groups) ** layer.groups
+
+
+def all_subsets(layer: Layer, n_keep: int) -> Iterator[tuple[int, ...]]:
+    """List these subsets in lexicographic order."""
+    size = layer.experts // layer.groups
+    parts = [
+        combinations(range(start, start + size), n_keep // layer.groups)
+        for start in range(0, layer.experts, size)
+    ]
+    return (tuple(chain.from_iterable(part)) for part in product(*parts))
+
+
+def whole_groups(counts: Mapping[int, int], layers: Mapping[int, Layer]) -> dict[int, int]:
+    """Round the experts to keep in each layer to a multiple of its groups.
+
+    What that adds or takes is carried to the next layer: the sum stays near where the minima allow it.
+    """
+    rounded, carried = {}, 0
+    for number, layer in layers.items():
+        wanted = counts[number] + carried
+        whole = (2 * wanted + layer.groups) // (2 * layer.groups) * layer.groups
+        rounded[number] = min(max(whole, layer.minimum), layer.experts)
+        carried = wanted - rounded[number] if layer.groups > 1 else 0
+    return rounded
 
 
 def uniform(layers: Mapping[int, Layer], share: float) -> dict[int, int]:

@@ -4,7 +4,7 @@ import numpy as np
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from moeits.criteria.base import Change, Layer, best
+from moeits.criteria.base import Change, Layer, best, in_groups
 from moeits.nmi import match_neurons
 
 
@@ -72,14 +72,21 @@ def stun(layer: Layer, n_keep: int) -> tuple[int, ...]:
     ----------
     doi:10.48550/arXiv.2409.06211.
     """
-    groups = average_linkage(behaviour_distance(layer.router, layer.statistics.coactivation), n_keep)
+    distances = behaviour_distance(layer.router, layer.statistics.coactivation)
     flat = layer.neurons.reshape(layer.experts, -1).astype(np.float64)
-    kept = []
-    for group in range(n_keep):
-        members = np.flatnonzero(groups == group)
-        off = np.linalg.norm(flat[members] - flat[members].mean(axis=0), axis=1)
-        kept.append(int(members[off.argmin()]))
-    return tuple(sorted(kept))
+    size = layer.experts // layer.groups
+
+    def medoids(of: int, count: int) -> list[int]:
+        own = slice(of * size, (of + 1) * size)
+        clusters, kept = average_linkage(distances[own, own], count), []
+        for cluster in range(count):
+            members = np.flatnonzero(clusters == cluster)
+            rows = flat[own][members]
+            off = np.linalg.norm(rows - rows.mean(axis=0), axis=1)
+            kept.append(int(members[off.argmin()]))
+        return kept
+
+    return in_groups(medoids, layer.experts, n_keep, layer.groups)
 
 
 def merge(layer: Layer, groups: np.ndarray, leaders: dict[int, int], *, align: bool) -> Change:

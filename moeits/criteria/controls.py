@@ -1,11 +1,8 @@
 """What any criterion must beat, and what none can: random experts, the first ones, the best subset."""
 
-import math
-from itertools import combinations
-
 import numpy as np
 
-from moeits.criteria.base import Layer
+from moeits.criteria.base import Layer, all_subsets, in_groups, number_of_subsets
 
 SUBSETS = 100
 """Subsets of a layer's experts up to which the oracle tries them: each is a pass of the whole model."""
@@ -14,7 +11,8 @@ SUBSETS = 100
 def random(layer: Layer, n_keep: int) -> tuple[int, ...]:
     """Draw experts at random, the same ones for the same seed, layer and number."""
     rng = np.random.default_rng([layer.seed, layer.number])
-    return tuple(sorted(rng.choice(layer.experts, n_keep, replace=False).tolist()))
+    size = layer.experts // layer.groups
+    return in_groups(lambda _, n: rng.choice(size, n, replace=False), layer.experts, n_keep, layer.groups)
 
 
 def first(layer: Layer) -> np.ndarray:
@@ -30,13 +28,13 @@ def subsets(layer: Layer, n_keep: int) -> list[tuple[int, ...]]:
     ValueError
         If there are more than :data:`SUBSETS`.
     """
-    count = math.comb(layer.experts, n_keep)
+    count = number_of_subsets(layer, n_keep)
     if count > SUBSETS:
         raise ValueError(
             f"layer {layer.number}: {count:,} subsets of {n_keep} of {layer.experts} experts are too many "
             f"to try (at most {SUBSETS:,}): the oracle is for small layers"
         )
-    return list(combinations(range(layer.experts), n_keep))
+    return list(all_subsets(layer, n_keep))
 
 
 def oracle(layer: Layer, n_keep: int) -> tuple[int, ...]:

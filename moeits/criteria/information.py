@@ -52,7 +52,7 @@ def moeits(layer: Layer, n_keep: int, **options: object) -> tuple[int, ...]:
     ----------
     doi:10.48550/arXiv.2604.10603.
     """
-    return select_experts(redundancy(layer, **options), n_keep=n_keep).kept
+    return select_experts(redundancy(layer, **options), n_keep=n_keep, groups=layer.groups).kept
 
 
 def by_one_tau(
@@ -76,7 +76,8 @@ def by_one_tau(
     """
     matrices = {number: redundancy(layer, **options) for number, layer in layers.items()}
     floor = max(layer.minimum for layer in layers.values())
-    _, selections = select_share(matrices, share, diagonal=diagonal, at_least=floor)
+    groups = max(layer.groups for layer in layers.values())
+    _, selections = select_share(matrices, share, diagonal=diagonal, at_least=floor, groups=groups)
     return {number: len(selection.kept) for number, selection in selections.items()}
 
 

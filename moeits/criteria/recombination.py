@@ -60,7 +60,7 @@ def dern(layer: Layer, n_keep: int) -> Change:
     Dropping Experts, Recombining Neurons, doi:10.48550/arXiv.2509.10377.
     """
     importance = router_weight(layer)
-    kept = best(importance, n_keep)
+    kept = best(importance, n_keep, layer.groups)
     neurons = recombine(layer.neurons, np.maximum(importance, 1e-12), kept)
     names = [*(name for name in ("gate", "up") if name in layer.block), "down"]
     block = dict(zip(names, np.split(neurons, len(names), axis=2), strict=True))

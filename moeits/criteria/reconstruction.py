@@ -1,12 +1,10 @@
 """Criteria that ask how far the layer's output moves when experts are gone and tokens are routed anew."""
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 
-from moeits.criteria.base import Layer, proportional
+from moeits.criteria.base import Layer, all_subsets, number_of_subsets, proportional
 
 SUBSETS = 5000
 """Subsets of a layer's experts up to which all of them are tried."""
@@ -46,26 +44,29 @@ def subset_error(layer: Layer, kept: Sequence[int]) -> float:
 
 def best_of_all_subsets(layer: Layer, n_keep: int) -> tuple[int, ...]:
     """Try every subset of `n_keep` experts; of equally good ones, the first in lexicographic order."""
-    return min(
-        combinations(range(layer.experts), n_keep),
-        key=lambda kept: subset_error(layer, kept),
-    )
+    return min(all_subsets(layer, n_keep), key=lambda kept: subset_error(layer, kept))
 
 
 def greedy_removals(layer: Layer) -> tuple[tuple[int, float], ...]:
     """Remove one expert after the other, each time the one whose loss moves the layer's output least.
 
+    Where the router selects groups first, every group loses one before any loses another.
+
     Returns
     -------
     tuple of (int, float)
-        Removed expert and error after that, in order, until one is left.
+        Removed expert and error after that, in order, until one of each group is left.
     """
     left = list(range(layer.experts))
+    group = {expert: expert * layer.groups // layer.experts for expert in left}
     steps = []
-    while len(left) > 1:
-        errors = [subset_error(layer, [k for k in left if k != expert]) for expert in left]
+    while len(left) > layer.groups:
+        done = {group[expert] for expert, _ in steps[len(steps) // layer.groups * layer.groups :]}
+        may_go = [expert for expert in left if group[expert] not in done]
+        errors = [subset_error(layer, [k for k in left if k != expert]) for expert in may_go]
         least = int(np.argmin(errors))
-        steps.append((left.pop(least), errors[least]))
+        steps.append((may_go[least], errors[least]))
+        left.remove(may_go[least])
     return tuple(steps)
 
 
@@ -78,7 +79,7 @@ def lu(layer: Layer, n_keep: int) -> tuple[int, ...]:
     ----------
     doi:10.48550/arXiv.2402.14800.
     """
-    if math.comb(layer.experts, n_keep) <= SUBSETS:
+    if number_of_subsets(layer, n_keep) <= SUBSETS:
         return best_of_all_subsets(layer, n_keep)
     steps = layer.once("greedy removals", greedy_removals)
     gone = {expert for expert, _ in steps[: layer.experts - n_keep]}

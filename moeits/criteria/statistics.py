@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -120,6 +120,7 @@ def layers_of(
             router=_router(model, layer)[0].float().cpu().numpy(),
             family=model.config.get_text_config().model_type,
             minimum=layer.minimum,
+            groups=layer.groups,
             calibration=statistics[layer.layer] if statistics else None,
             probe=probe[layer.layer] if probe else None,
             seed=seed,
@@ -194,7 +195,12 @@ def read_statistics(path: str | Path) -> tuple[dict[int, Statistics], dict[str, 
 
 
 def fit_routing(
-    logits: np.ndarray, gates: np.ndarray, top_k: int, biases: Sequence[np.ndarray]
+    logits: np.ndarray,
+    gates: np.ndarray,
+    top_k: int,
+    biases: Sequence[np.ndarray],
+    groups: int = 1,
+    top_groups: int = 1,
 ) -> Routing | None:
     """Find the rule that gives a router's weights from its logits.
 
@@ -206,16 +212,21 @@ def fit_routing(
         Experts per token.
     biases : sequence of ndarray, shape (E,)
         What may be added to the scores for the choice.
+    groups, top_groups : int, default=1
+        Groups of experts, and how many of them a token may use.
 
     Returns
     -------
     Routing or None
         The rule that fits best; None if it misses a weight of more than one token in fifty by over a percent
-        of the mean weight, such as where one token more is chosen by groups of experts.
+        of the mean weight.
     """
     found = None
-    for scores, normalised, bias in product(SCORES, (False, True), biases):
-        rule = Routing(scores, top_k, normalised, 1.0, np.asarray(bias, dtype=np.float64))
+    # A group's score is that of its best expert, or the sum of its two best.
+    ranks = (1, 2) if groups > 1 else (1,)
+    for scores, normalised, bias, rank in product(SCORES, (False, True), biases, ranks):
+        bias = np.asarray(bias, dtype=np.float64)
+        rule = Routing(scores, top_k, normalised, 1.0, bias, groups, top_groups, rank)
         guess = rule.gates(logits)
         both = (guess > 0) & (gates > 0)
         if not both.any():
@@ -224,7 +235,7 @@ def fit_routing(
         off = np.abs(scale * guess - gates).max(axis=1) / gates[gates > 0].mean()
         misses, error = float((off > 0.01).mean()), float(np.minimum(off, 1).mean())
         if misses <= 0.02 and (found is None or error < found[0]):
-            found = error, Routing(scores, top_k, normalised, scale, rule.bias)
+            found = error, replace(rule, scale=scale)
     return found and found[1]
 
 
@@ -338,5 +349,7 @@ class _Gatherer:
             gates=gates,
             gram=torch.bmm(outputs, outputs.transpose(1, 2)).double().cpu().numpy(),
             mean_outputs=outputs.double().mean(0).cpu().numpy(),
-            routing=fit_routing(logits, gates, self.layer.top_k, biases),
+            routing=fit_routing(
+                logits, gates, self.layer.top_k, biases, self.layer.groups, self.layer.top_groups
+            ),
         )

@@ -26,7 +26,7 @@ from moeits.kept import Kept
 from moeits.machine.paths import CACHE, whole
 from moeits.machine.spread import unordered
 from moeits.models.card import read_card
-from moeits.models.families import MoELayer, moe_layers, sizes
+from moeits.models.families import MoELayer, moe_layers, router_dimension, sizes
 from moeits.models.folder import describe_folder, hollow_model, read_config
 from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
 from moeits.models.surgery import complete, compose, pruned_settings
@@ -120,13 +120,12 @@ class ExpertBlock(Mapping):
         Number of the decoder layer.
     num_experts : int
         Routed experts E.
-    minimum : int
-        Fewest experts with which the layer works.
+    minimum, groups : int
+        Fewest experts with which the layer works, and groups of its router.
     """
 
-    def __init__(self, layer: int, minimum: int, projections: Mapping[str, Projection]) -> None:
-        self.layer = layer
-        self.minimum = minimum
+    def __init__(self, layer: int, minimum: int, groups: int, projections: Mapping[str, Projection]) -> None:
+        self.layer, self.minimum, self.groups = layer, minimum, groups
         self._projections = dict(projections)
         self.num_experts = len(self._projections["down"])
 
@@ -187,7 +186,7 @@ def expert_blocks(
             expert = None if match["expert"] is None else int(match["expert"])
             stored[int(match["layer"])][_ROLES[match["word"]]][expert] = tensor
     blocks = [
-        ExpertBlock(number, layer.minimum, _projections(layer, stored[number]))
+        ExpertBlock(number, layer.minimum, layer.groups, _projections(layer, stored[number]))
         for number, layer in expected.items()
         if layers is None or number in layers
     ]
@@ -271,6 +270,7 @@ def measure_nmi(
         "preset": preset,
         "diagonal": chosen.diagonal,
         "minimum": max(block.minimum for block in blocks.values()),
+        "groups": max(block.groups for block in blocks.values()),
     }
     return {layer: np.load(file) for layer, file in files.items()}, settings
 
@@ -430,9 +430,9 @@ def _pieces(
 
 def _experts_dimension(tensor: StoredTensor, experts: int) -> int | None:
     """Along which dimension a tensor of a Mixture-of-Experts layer is cut, if at all."""
-    if _ROUTER.search(tensor.name) and "attn." not in tensor.name and experts in tensor.shape:
-        return max(dimension for dimension, size in enumerate(tensor.shape) if size == experts)
-    if _ALL_EXPERTS.search(tensor.name) and tensor.shape[:1] == (experts,):
+    if _ROUTER.search(tensor.name) and "attn." not in tensor.name:
+        return router_dimension(tensor.name, tensor.shape, experts)
+    if _ALL_EXPERTS.search(tensor.name) and len(tensor.shape) > 1 and tensor.shape[0] == experts:
         return 0
     return None
 

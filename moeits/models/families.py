@@ -275,6 +275,18 @@ def expert_block(layer: MoELayer) -> dict[str, torch.Tensor]:
     return block
 
 
+def router_dimension(name: str, shape: Sequence[int], count: int) -> int | None:
+    """Along which dimension a tensor of a router lists the experts; None if it does not.
+
+    Sizes alone cannot tell where a model is as wide as it has experts, so names decide: a weight has a row
+    for each expert (E, d); of other tensors, those named after experts or a bias end in E.
+    """
+    key = name.rpartition(".")[2]
+    if key == "weight":
+        return 0 if len(shape) == 2 and shape[0] == count else None
+    return len(shape) - 1 if re.search("expert|bias", key) and shape[-1] == count else None
+
+
 def check_kept(layers: Sequence[MoELayer], kept: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
     """Check a choice of experts against the layers of a model.
 
@@ -399,12 +411,12 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
         for tensor_name, tensor in _own_tensors(owner):
             if not tensor.is_floating_point():
                 raise ValueError(f"{owner_name}.{tensor_name}: a router that reads a table cannot be pruned")
-            if count in tensor.shape and tensor.dim() <= 2:
-                router[f"{owner_name}.{tensor_name}"] = _dimension(tensor, count)
+            if (dimension := router_dimension(tensor_name, tensor.shape, count)) is not None:
+                router[f"{owner_name}.{tensor_name}"] = dimension
     for tensor_name, tensor in _own_tensors(block):
         if _ROUTER.search(tensor_name) and count in tensor.shape:
-            router[f"{block_name}.{tensor_name}"] = _dimension(tensor, count)
-    if not any(name.endswith(".weight") and dimension == 0 for name, dimension in router.items()):
+            router[f"{block_name}.{tensor_name}"] = router_dimension(tensor_name, tensor.shape, count)
+    if not any(name.endswith(".weight") for name in router):
         raise ValueError(f"{block_name}: no router weight with {count} rows, one for each expert")
 
     stacked = [f"{name}.{key}" for key, tensor in _own_tensors(experts) if tensor.shape[:1] == (count,)]
@@ -446,11 +458,6 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
-
-
-def _dimension(tensor: torch.Tensor, count: int) -> int:
-    # The last such one: of a (1, 1) table, that of the experts; in (E, d) the sizes differ.
-    return max(dimension for dimension, size in enumerate(tensor.shape) if size == count)
 
 
 def _groups(modules: Iterable[nn.Module]) -> tuple[int, int]:

@@ -147,7 +147,8 @@ class Study:
     def selections(self, tau: float) -> dict[int, Selection]:
         """Kept and removed experts of every layer at one tau."""
         matrices, made_by = self._measured
-        return select_layers(matrices, tau=tau, diagonal=made_by["diagonal"], at_least=made_by["minimum"])[1]
+        options = {"diagonal": made_by["diagonal"], "at_least": made_by["minimum"]}
+        return select_layers(matrices, tau=tau, **options, groups=made_by.get("groups", 1))[1]
 
     def scores(self, tau: float | None = None) -> Record:
         """Record of the sizes, the held-out perplexity and the benchmark scores at one tau, unhealed.

@@ -128,12 +128,13 @@ def test_experts_of_another_build_are_refused():
         gather(tiny_model("gpt_oss"), tokens().numpy())
 
 
-def test_a_router_with_groups_has_no_known_rule():
-    model = tiny_model("deepseek_v3", n_group=4, topk_group=1)
+@pytest.mark.parametrize(("groups", "top_groups", "top_k"), [(4, 1, 2), (4, 2, 3), (2, 1, 3)])
+def test_the_rule_of_a_router_with_groups_is_found(groups, top_groups, top_k):
+    model = tiny_model("deepseek_v3", n_group=groups, topk_group=top_groups, top_k=top_k)
     known = gather(model, tokens(batch=4, length=30).numpy(), sample=120)
-    assert all(layer.routing is None for layer in known.values())
-    with pytest.raises(ValueError, match="over one group of experts"):
-        criteria.select("lu", layers_of(model, known), n_keep=8)
+    for layer in known.values():
+        assert (layer.routing.groups, layer.routing.ranked_by) == (groups, 2)
+        np.testing.assert_allclose(layer.routing.gates(layer.logits), layer.gates, atol=1e-4)
 
 
 def test_routing_is_told_apart_by_what_the_router_did():
