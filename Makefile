@@ -8,9 +8,12 @@ UV_VERSION := 0.13.9
 # Nothing is fetched once the packages are installed; the paper profile reads from the model hub.
 OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
+# Two processes of one thread each; the tests of a file, and all of the book's, run in one process.
+PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test book book-student book-pdf ablation rivals train bench paper-check reference clean
+.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train bench paper-check \
+        reference wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,11 +47,15 @@ book-pdf: env ## render the book as PDF, where LaTeX is installed
 	$(BIN)/jupyter-book build book --builder pdflatex --path-output book/_build/pdf
 
 test: env lint ## run every test: package, notebooks and book in the smoke profile
-	$(RUN)python -m pytest
+	$(PYTEST)
 
-lint: env ## check the style of the package, the tests and the notebooks
+test-fast: env ## run the tests that take three minutes: five families, no book, no browser
+	$(PYTEST) -m "not slow and not book and not family"
+
+lint: env ## check the style of the package, the tests and the notebooks, and which module imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: env ## format the code and strip the notebooks' outputs
 	$(BIN)/ruff check --fix .
@@ -73,6 +80,9 @@ paper-check: env ## take the whole chain through stand-ins of the paper's models
 
 reference: env ## copy the laptop profile's records to data/reference and their table into the README
 	$(RUN)python -m moeits.study.reference
+
+wheel: env ## build the package alone, the library and what it can do without this repository, into dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## delete the built book, the executed notebooks and the figures (models and records stay)
 	rm -rf book/_build book/notebooks data/figures

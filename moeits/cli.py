@@ -113,8 +113,9 @@ def _show_plan(name: str, gpu: str | None) -> None:
     profile = profiles.load(name)
     machine = plan.find_machine(gpu)
     click.echo(
-        f"{machine.name}: {machine.memory / 1e9:.0f} GB, {machine.flops / 1e12:.3g} TFLOP/s in bfloat16, "
-        f"{machine.watts:.0f} W; {machine.cores} processor cores; {machine.disk / 1e9:.0f} GB of disk free"
+        f"{machine.name}: {machine.memory / 1e9:.0f} GB, {machine.flops / 1e12:.3g} TFLOP/s in "
+        f"{machine.dtype}, {machine.watts:.0f} W; {machine.cores} processor cores; "
+        f"{machine.disk / 1e9:.0f} GB of disk free"
     )
     found = plan.demands(profile, machine)
     click.echo(plan.table(found, machine).to_string(index=False, float_format="{:.2f}".format))

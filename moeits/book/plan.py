@@ -19,11 +19,13 @@ import pandas as pd
 from moeits import paper
 from moeits.book import run
 from moeits.healing.recipe import Recipe
+from moeits.machine import devices
 from moeits.machine.paths import CACHE, DATA
 from moeits.study import comparison, profiles, records
 from moeits.study.profiles import ModelSettings, Profile
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 REACHED = 1 / 3
@@ -33,6 +35,7 @@ DOWNLOAD, DISK = 50e6, 500e6  # bytes per second
 _STARTING = 20  # seconds until a process has loaded its libraries
 _CHARACTERS = 4  # per token
 _WORKING = 2**30  # bytes of activations and libraries beside a model that is scored
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}  # of a weight
 _LOGITS = 10  # bytes for each logit of a training batch: 16 and 32 bits, and the gradient
 
 
@@ -47,13 +50,15 @@ class Machine:
     memory : float
         Bytes that models may fill: of the GPU, or the machine's own without one.
     flops : float
-        Operations per second in bfloat16, at best.
+        Operations per second in `dtype`, at best.
     watts : float
         Power under load.
     cores : int
         Processor cores, for what runs on them alone.
     disk : float
         Free bytes where models are kept.
+    dtype : str, default="bfloat16"
+        The type that models compute in, as :func:`moeits.machine.devices.choose` takes it.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Machine:
     watts: float
     cores: int
     disk: float
+    dtype: str = "bfloat16"
 
 
 # Memory, dense bfloat16 operations per second and power, as the makers' data sheets have them.
@@ -105,16 +111,17 @@ def find_machine(gpu: str | None = None) -> Machine:
         return Machine(gpu, *GPUS[gpu], **here)
     import torch
 
-    if torch.cuda.is_available():
+    device, dtype, _ = devices.choose()
+    flops = _measured_flops(device, dtype)
+    here["dtype"] = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
         count = torch.cuda.device_count()
         name = torch.cuda.get_device_name(0)
         memory = sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-        return Machine(
-            f"{count} x {name}", memory, count * _measured_flops("cuda"), count * _power_limit(), **here
-        )
+        return Machine(f"{count} x {name}", memory, count * flops, count * _power_limit(), **here)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     watts = 10.0 * here["cores"]  # a guess: few machines without a GPU say
-    return Machine(f"{here['cores']} CPU cores", memory, _measured_flops("cpu"), watts, **here)
+    return Machine(f"{here['cores']} CPU cores", memory, flops, watts, **here)
 
 
 def demands(profile: Profile, machine: Machine) -> list[Demand]:
@@ -232,6 +239,7 @@ class _Costs:
         self.profile, self.machine, self.questions = profile, machine, questions
         model = hollow_model(config)
         self.size = sizes(model)
+        self.held = self.size.total * _BYTES[machine.dtype]  # in memory; on disk as they are stored
         layers = moe_layers(model)
         self.matrices = [
             (layer.num_experts, tuple(weights.shape[1:]))
@@ -257,23 +265,23 @@ class _Costs:
 
     def scores(self, _: str | None) -> tuple[float, float, float, bool]:
         tokens = self.questions + (self.profile.heldout_tokens or 2**14)
-        return self._loading + self._computing(tokens), self.size.bytes + _WORKING, 0, True
+        return self._loading + self._computing(tokens), self.held + _WORKING, 0, True
 
     protocols = scores  # at most: most have fewer shots
 
     def controls(self, _: str | None) -> tuple[float, float, float, bool]:
         tokens = self.profile.heldout_tokens or 2**14
         once = self._loading + self._computing(tokens)
-        return self.profile.random_draws * once, self.size.bytes + _WORKING, 0, True
+        return self.profile.random_draws * once, self.held + _WORKING, 0, True
 
     def green(self, _: str | None) -> tuple[float, float, float, bool]:
         from moeits.study.cost import VARIANTS
 
-        return len(VARIANTS) * (2 * self._loading + 60), self.size.bytes + _WORKING, self.size.bytes, True
+        return len(VARIANTS) * (2 * self._loading + 60), self.held + _WORKING, self.size.bytes, True
 
     def rivals(self, _: str | None) -> tuple[float, float, float, bool]:
         tokens = self.profile.calibration_tokens + (self.profile.heldout_tokens or 2**14)
-        return self._loading + self._computing(tokens), self.size.bytes + _WORKING, 0, True
+        return self._loading + self._computing(tokens), self.held + _WORKING, 0, True
 
     def finals(self, _: str | None) -> tuple[float, float, float, bool]:
         methods, ways = len(comparison.FINALISTS) + 1, self.profile.rival_healings
@@ -284,10 +292,10 @@ class _Costs:
 
     def healing(self, way: str | None) -> tuple[float, float, float, bool]:
         way = way or ""
-        seconds, memory = 2 * self._loading, float(self.size.bytes + _WORKING)
+        seconds, memory = 2 * self._loading, float(self.held + _WORKING)
         if "refit" in way:
             seconds += 2 * self._computing(self.profile.refit_tokens)
-            memory += self.size.bytes
+            memory += self.held
         if "lora" in way and (recipe := self.profile.healing):
             at_once = recipe.batch_size * recipe.max_tokens
             # Backward costs twice the forward pass, and with checkpointing that is done again.
@@ -297,7 +305,7 @@ class _Costs:
             trained = 16 * self._adapters(recipe.preset, recipe.rank)
             layers = self.config.num_hidden_layers * (1 if recipe.gradient_checkpointing else 12)
             activations = at_once * (2 * self.config.hidden_size * layers + _LOGITS * self.config.vocab_size)
-            memory = max(memory, self.size.bytes + _WORKING + trained + activations)
+            memory = max(memory, self.held + _WORKING + trained + activations)
         return seconds, memory, self.size.bytes, True
 
     def _adapters(self, preset: str, rank: int) -> int:
@@ -362,14 +370,14 @@ def _tokens(task: str, profile: Profile) -> float:
     return asked * length * (profile.shots + 1)
 
 
-def _measured_flops(device: str) -> float:
+def _measured_flops(device: "torch.device", dtype: "torch.dtype") -> float:
     """Operations per second of a large matrix product."""
     import time
 
     import torch
 
-    size = 8192 if device == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device).bfloat16()
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device).to(dtype)
     best = inf
     for _ in range(4):
         start = time.perf_counter()

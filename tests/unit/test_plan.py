@@ -1,9 +1,17 @@
+import itertools
+import os
+from dataclasses import replace
+
 import pytest
+import torch
 from click.testing import CliRunner
 from tiny import tiny_model
+from torch.overrides import TorchFunctionMode
 
 from moeits.book import plan
 from moeits.cli import main
+from moeits.models.families import sizes
+from moeits.models.folder import hollow_model, read_config
 from moeits.study import profiles
 
 BIG = plan.Machine("big", memory=1e12, flops=1e15, watts=1000, cores=64, disk=1e13)
@@ -83,8 +91,39 @@ def test_the_command_prints_the_plan_and_fails_where_it_does_not_fit():
     assert "is made by the run itself" in laptop.output
 
 
-def test_this_machine_is_found():
-    machine = plan.find_machine()
-    assert machine.cores >= 1
+class Products(TorchFunctionMode):
+    """The types of the matrices that are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.matmul:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_this_machines_speed_is_measured_in_the_type_that_models_compute_in(dtype, monkeypatch):
+    monkeypatch.setattr(plan.devices, "choose", lambda: (torch.device("cpu"), dtype, "as the test wants"))
+    ticks = itertools.count(step=0.5)  # no clock: how fast this processor is does not matter
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    with Products() as products:
+        machine = plan.find_machine()
+    assert products.dtypes == {dtype}
+    assert f"torch.{machine.dtype}" == str(dtype)
+    assert machine.flops == 2 * 1024**3 / 0.5
+    assert machine.cores == len(os.sched_getaffinity(0))
     assert machine.memory > 1e9
-    assert machine.flops > 1e9
+
+
+def test_models_take_twice_the_memory_in_float32_but_no_more_disk(profile):
+    half = by_label(plan.demands(profile, BIG))
+    full = by_label(plan.demands(profile, replace(BIG, dtype="float32")))
+    config = read_config(profile.models["tiny"].source)
+    weights = sizes(hollow_model(config)).total
+    for label in ("tiny: whole model", "tiny: tau = 0.5", "tiny: tau = 0.5, refit"):
+        models = 2 if "refit" in label else 1
+        assert full[label].memory - half[label].memory == models * 2 * weights
+        assert full[label].disk == half[label].disk

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import EXPERTS, tiny_model, tokens
+from tiny import EXPERTS, assert_logits, assert_same_weights, logits, tiny_model, tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -31,11 +31,6 @@ def model(request):
 
 # Families whose routers can first choose among groups of experts.
 GROUPED = {"deepseek_v2", *(name for name, family in FAMILIES.items() if family.minimum == 2)} - {"phimoe"}
-
-
-@torch.no_grad()
-def logits(model):
-    return model(tokens()).logits
 
 
 def finite_logits(model):
@@ -63,9 +58,9 @@ def test_pruned_model_equals_the_masked_one(model):
     with masked(model, kept):
         reference = logits(model)
     whole = logits(model)
-    pruned = logits(prune_model(copy.deepcopy(model), kept))
-    torch.testing.assert_close(pruned, reference, atol=1e-5, rtol=1e-5)
-    assert (pruned - whole).abs().max() > 0.05  # the removed experts mattered
+    pruned = prune_model(copy.deepcopy(model), kept)
+    assert_logits(pruned, reference)
+    assert (logits(pruned) - whole).abs().max() > 0.05  # the removed experts mattered
 
 
 def test_masking_leaves_no_trace(model):
@@ -77,11 +72,8 @@ def test_masking_leaves_no_trace(model):
 
 def test_keeping_everything_changes_no_bit(model):
     same = prune_model(copy.deepcopy(model), {layer.layer: range(EXPERTS) for layer in moe_layers(model)})
-    assert torch.equal(logits(same), logits(model))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+    assert_same_weights(same, model)
+    assert_logits(same, logits(model))
 
 
 def test_layers_not_named_stay_whole(model):
@@ -99,7 +91,7 @@ def test_the_minimum_works_and_one_fewer_is_refused(model):
     with masked(model, kept):
         reference = logits(model)
     pruned = prune_model(copy.deepcopy(model), kept)
-    torch.testing.assert_close(logits(pruned), reference, atol=1e-5, rtol=1e-5)
+    assert_logits(pruned, reference)
     assert {layer.top_k for layer in moe_layers(pruned)} == {min(least, layers[0].top_k)}
     with pytest.raises(ValueError, match="expert"):
         prune_model(pruned, {layers[0].layer: range(least - 1)})
@@ -114,7 +106,7 @@ def test_fewer_experts_than_top_k(family):
         reference = logits(wide)
     pruned = prune_model(wide, kept)
     assert {layer.top_k for layer in moe_layers(pruned)} == {3}
-    torch.testing.assert_close(logits(pruned), reference, atol=1e-5, rtol=1e-5)
+    assert_logits(pruned, reference)
 
 
 @pytest.mark.parametrize("family", sorted(GROUPED))
@@ -124,8 +116,7 @@ def test_group_limited_routing_is_exact_too(family):
     kept = {layer.layer: [0, 3, 4, 7] for layer in moe_layers(model)}
     with masked(model, kept):
         reference = logits(model)
-    pruned = logits(prune_model(copy.deepcopy(model), kept))
-    torch.testing.assert_close(pruned, reference, atol=1e-5, rtol=1e-5)
+    assert_logits(prune_model(copy.deepcopy(model), kept), reference)
     with pytest.raises(ValueError, match="groups of experts, which must stay equally large"):
         prune_model(model, {layer: [0, 1, 2, 4, 5] for layer in kept})
 
@@ -206,14 +197,13 @@ def test_saved_and_loaded_again(model, tmp_path, remote_code):
         pruned = prune_model(copy.deepcopy(model), kept)
         save_model(pruned, tmp_path / name)
         loaded = load_model(tmp_path / name)
-        state = loaded.state_dict()
-        assert all(torch.equal(tensor, state[key]) for key, tensor in pruned.state_dict().items())
-        torch.testing.assert_close(logits(loaded), logits(pruned), atol=1e-5, rtol=1e-5)
+        assert_same_weights(loaded, pruned)
+        assert_logits(loaded, logits(pruned))
         has_code = (tmp_path / name / "modeling_moeits.py").exists()
         assert has_code is (len(set(map(len, kept.values()))) > 1)
         alone = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=has_code)
         assert (remote_code.name in inspect.getsourcefile(type(alone))) is has_code
-        torch.testing.assert_close(logits(alone), logits(pruned), atol=1e-5, rtol=1e-5)
+        assert_logits(alone, logits(pruned))
 
 
 def test_nothing_changes_when_any_layer_is_refused(model):
@@ -229,7 +219,8 @@ def test_pruning_twice_counts_in_what_is_left(model):
     last = moe_layers(model)[-1].layer
     twice = prune_model(prune_model(copy.deepcopy(model), {last: [1, 4, 5, 7]}), {last: [0, 2, 3]})
     once = prune_model(copy.deepcopy(model), {last: [1, 5, 7]})
-    assert torch.equal(logits(twice), logits(once))
+    assert_same_weights(twice, once)
+    assert_logits(twice, logits(once))
 
 
 def test_sizes_shrink_by_the_removed_experts(model):
@@ -330,7 +321,7 @@ KINDS = [
 @pytest.mark.parametrize("name", KINDS)
 def test_folders_load_where_moeits_is_not_installed(outside, name):
     _, models, out = outside
-    torch.testing.assert_close(out[f"{name}.logits"], logits(models[name]), atol=1e-5, rtol=1e-5)
+    assert_logits(models[name], out[f"{name}.logits"])
     generated = models[name].generate(tokens(), max_new_tokens=5, do_sample=False)
     assert torch.equal(out[f"{name}.text"], generated)
 
@@ -340,7 +331,8 @@ def test_load_model_needs_no_code_of_the_folder(outside, name):
     home, models, _ = outside
     implementation = models[name].config._experts_implementation
     loaded = load_model(home / name, experts_implementation=implementation)
-    assert torch.equal(logits(loaded), logits(models[name]))
+    assert_same_weights(loaded, models[name])
+    assert_logits(loaded, logits(models[name]))
     assert sizes(loaded) == sizes(models[name])
     assert loaded.kept == models[name].kept
     assert loaded.config.unpruned["total"] == sizes(tiny_model(name.partition("-")[0])).total
@@ -373,7 +365,8 @@ def test_a_model_with_remote_code_can_be_pruned_and_saved_again(outside, tmp_pat
     save_model(prune_model(remote, {0: [0, 2], 1: [0, 1], 2: [0]}), tmp_path / "again")
     reference = prune_model(load_model(home / "mixtral-uneven"), {0: [0, 2], 1: [0, 1], 2: [0]})
     again = load_model(tmp_path / "again")
-    assert torch.equal(logits(again), logits(reference))
+    assert_same_weights(again, reference)
+    assert_logits(again, logits(reference))
     first = models["mixtral-uneven"].kept.layers[0]
     assert again.kept.criterion == "given"
     assert reference.kept.layers[0] == (first[0], first[2])

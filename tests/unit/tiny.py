@@ -1,5 +1,6 @@
 """Small random models of every family, for tests: no two of their sizes are equal by accident."""
 
+import copy
 import inspect
 import os
 
@@ -145,6 +146,39 @@ def tiny_model(family: str, *, seed: int = 0, **settings) -> torch.nn.Module:
 def tokens(*, seed: int = 0, batch: int = 2, length: int = 9) -> torch.Tensor:
     """Random token ids (batch, length)."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Logits of the tokens of :func:`tokens`."""
+    return model(tokens()).logits
+
+
+@torch.no_grad()
+def rounding(model: torch.nn.Module) -> float:
+    """Largest change of a logit when every weight changes in its last bit, up or down at random.
+
+    A sum that is taken in another order, as kernels and processors do, is the exact sum of terms that
+    differ in their last bits: two correct computations differ by about this much, more in a model that
+    amplifies its errors than in one that does not.
+    """
+    nudged, generator = copy.deepcopy(model), torch.Generator().manual_seed(7)
+    for parameter in nudged.parameters():
+        signs = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
+        parameter.mul_(1 + torch.finfo(parameter.dtype).eps * signs)
+    return (logits(nudged) - logits(model)).abs().max().item()
+
+
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Assert that two models hold the same tensors under the same names, to the bit."""
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert [name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])] == []
+
+
+def assert_logits(model: torch.nn.Module, expected: torch.Tensor) -> None:
+    """Assert that a model's logits are the expected ones, up to eight times its rounding."""
+    torch.testing.assert_close(logits(model), expected, atol=8 * rounding(model), rtol=0)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
