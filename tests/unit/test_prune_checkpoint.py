@@ -231,7 +231,7 @@ def test_bad_choices_are_refused(kept, message, source, tmp_path):
 
 
 def test_the_choice_of_another_model_is_refused(source, tmp_path):
-    kept = Kept({1: (0,)}, {1: 8}, model="other", fingerprint="0" * 32)
+    kept = Kept({1: (0,)}, {1: 8}, model="other", fingerprint="0" * 64)
     with pytest.raises(ValueError, match=r"chosen for another model \(other, fingerprint 0000"):
         prune_checkpoint(source, tmp_path / "pruned", kept)
     with pytest.raises(ValueError, match="layer 1 has 8 experts, but the kept ones were chosen out of 60"):
@@ -239,6 +239,12 @@ def test_the_choice_of_another_model_is_refused(source, tmp_path):
     kept = Kept({1: (0,)}, {1: 8}, fingerprint=fingerprint(source))
     change_tensor(source, "model.layers.1.mlp.experts.2.up_proj.weight", lambda weights: weights + 1)
     with pytest.raises(ValueError, match="chosen for another model"):
+        prune_checkpoint(source, tmp_path / "pruned", kept)
+
+
+def test_the_choice_of_an_earlier_version_is_applied_with_a_warning(source, tmp_path):
+    kept = Kept({1: (0, 1)}, {1: 8}, model="qwen", fingerprint="0" * 32)
+    with pytest.warns(FutureWarning, match=r"no longer compared.*source is the model.*\(qwen\)"):
         prune_checkpoint(source, tmp_path / "pruned", kept)
 
 

@@ -1,0 +1,21 @@
+"""Errors that name bad input: what is wrong, where, and how to fix it. Any other exception is a bug."""
+
+
+class MoeitsError(ValueError):
+    """Bad input. The command line prints it as one line, without a traceback."""
+
+
+class BudgetError(MoeitsError):
+    """No selection keeps that many experts, or spends that few bits."""
+
+
+class MissingError(MoeitsError, FileNotFoundError):
+    """A file, a folder or a package is not there."""
+
+
+class ExistsError(MoeitsError, FileExistsError):
+    """The target exists and is not overwritten."""
+
+
+class PlaceError(MoeitsError, OSError):
+    """Nothing can be written to a place, or too little."""
