@@ -12,7 +12,7 @@ RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train bench paper-check \
+.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study bench paper-check \
         reference wheel clean
 
 help: ## list the targets
@@ -70,6 +70,9 @@ rivals: env ## measure all methods at equal budgets in PROFILE, several at once
 
 train: env ## train MODEL of data/models and what it needs (all models without it: hours; resumes)
 	$(RUN)moeits train $(MODEL)
+
+study: env ## measure what the study says of the trained models, where it has no record yet
+	$(RUN)moeits study
 
 bench: env ## time the NMI on layers of the paper's exact shapes, and the scoring of questions
 	$(RUN)python benchmarks/nmi.py

@@ -214,6 +214,22 @@ def train(names: Sequence[str], jobs: int, quiet: bool) -> None:
 
 
 @main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
+def study(names: Sequence[str], jobs: int) -> None:
+    """Measure the trained models of data/models, or those NAMEd, into data/study/records.
+
+    What has a record is not measured again.
+
+    Example: moeits study upcycled-1 scratch-1
+    """
+    from moeits.study import anatomy, trials
+
+    for record in [*anatomy.measure_all(names, jobs=jobs), *trials.measure_all(names, jobs=jobs)]:
+        click.echo(f"{record.step} {record.inputs['model']}: {record.id}")
+
+
+@main.command()
 @click.argument("model", required=False)
 @click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
 @_spread

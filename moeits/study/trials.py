@@ -339,13 +339,15 @@ def percentile_p(percentiles: Sequence[float]) -> float:
     return float(2 * min(below, 1 - below))
 
 
-def hypotheses(table: pd.DataFrame) -> pd.DataFrame:
+def hypotheses(table: pd.DataFrame, margin: float = 0.1) -> pd.DataFrame:
     """Test the registered sequence, which stops at the first hypothesis that is not decided.
 
     Parameters
     ----------
     table : DataFrame
         See :func:`differences`.
+    margin : float, default=0.1
+        Margin of equivalence, as a share of what random subsets cost on average.
 
     Returns
     -------
@@ -356,16 +358,16 @@ def hypotheses(table: pd.DataFrame) -> pd.DataFrame:
     moeits = table[table.method == "moeits"].set_index("seed").groupby(["initialisation", "budget"])
     own = moeits.get_group(("upcycled", "own"))
     half = {kind: moeits.get_group((kind, "half")) for kind in ("upcycled", "scratch")}
-    margin = 0.1 * float(own.cost.mean())
+    allowed = margin * float(own.cost.mean())
     tests = [
         ("H1", "upcycled, own count: MoEITS minus random subsets", own.delta, None),
-        ("H2", "upcycled, own count: MoEITS minus one expert per slice", own.from_stratified, margin),
+        ("H2", "upcycled, own count: MoEITS minus one expert per slice", own.from_stratified, allowed),
         ("H3", "half: upcycled minus scratch", half["upcycled"].delta - half["scratch"].delta, None),
         ("H4", "scratch, half: MoEITS minus random subsets", half["scratch"].delta, None),
     ]
     rows, going = [], True
-    for name, quantity, values, allowed in tests:
-        found = estimate(values.to_numpy(), allowed)
+    for name, quantity, values, within in tests:
+        found = estimate(values.to_numpy(), within)
         rows.append(
             {"hypothesis": name, "quantity": quantity, **asdict(found), "margin": allowed, "tested": going}
         )
