@@ -1,5 +1,6 @@
 """The command line. Each command is thin: it parses, calls one function of the package and prints."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,8 +11,13 @@ class _Errors(click.Group):
     """Print errors about bad input as one line; any other error keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
+        def show(message: Warning, *_: object) -> None:
+            click.echo(f"Warning: {message}", err=True)
+
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = show
+                return super().invoke(ctx)
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -460,7 +466,9 @@ def _budget(**budget: object) -> dict[str, object]:
 @click.option("--nmi", type=click.Path(path_type=Path), help="nmi.npz of this model.  [default: measure it]")
 @click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
 @click.option("--at-least", type=int, help="Fewest experts per layer.  [default: the family's minimum]")
+@click.option("--at-least-top-k", is_flag=True, help="Keep as many experts as a token uses, or more.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Threads for the NMI.  [default: all cores]")
+@click.option("--trust-remote-code", is_flag=True, help="Carry the code of a tokenizer or processor along.")
 def prune(
     folder: Path,
     output: Path,
@@ -471,7 +479,9 @@ def prune(
     nmi: Path | None,
     preset: str,
     at_least: int | None,
+    at_least_top_k: bool,
     n_jobs: int | None,
+    trust_remote_code: bool,
 ) -> None:
     """Remove experts from the checkpoint in FOLDER, file by file, without loading it.
 
@@ -479,23 +489,23 @@ def prune(
     kept.json says.
     """
     from moeits.kept import Kept
-    from moeits.models.checkpoint import measure_nmi, prune_checkpoint
+    from moeits.models.checkpoint import check_prunable, measure_nmi, prune_checkpoint
     from moeits.nmi import read_matrices
     from moeits.selection import choose
 
     budget = _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
-    if output.exists():
-        raise FileExistsError(f"{output} exists: choose another folder, or remove it first")
+    numbers = {name: value for name, value in budget.items() if name != "kept"}
+    limits = check_prunable(folder, output, **numbers, at_least=at_least, at_least_top_k=at_least_top_k)
     if kept is not None:
         choice = Kept.read(kept)
     else:
-        measured = (
+        matrices, made_by = (
             read_matrices(nmi)
             if nmi is not None
             else measure_nmi(folder, preset=preset, n_jobs=n_jobs, progress=True)
         )
-        _, choice = choose(*measured, at_least=at_least, **budget)
-    prune_checkpoint(folder, output, choice, progress=True)
+        _, choice = choose(matrices, made_by | limits, **budget)
+    prune_checkpoint(folder, output, choice, trust_remote_code=trust_remote_code, progress=True)
     _print_sizes(output)
 
 

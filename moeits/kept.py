@@ -1,11 +1,21 @@
 """The kept experts of a model, as ``kept.json`` holds them."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from moeits.machine.paths import whole
+
+SCHEMA = 1
+"""Number of the form of ``kept.json``; a file without one was written before there were numbers."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of moeits and transformers, as files that they write name them."""
+    return {name: version(name) for name in ("moeits", "transformers")}
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,10 @@ class Kept:
         How many: ``{"tau": 1.25}``, ``{"n_keep": 4}``, ``{"share": 0.5, "tau": 1.83}``; and options beside.
     threshold : dict[int, float or None]
         rho of each layer, where the criterion has one.
+    top_k : dict[int, (int, int)]
+        Experts per token before and after, of the layers where fewer experts remain than a token used.
+    versions : dict[str, str]
+        Versions of what wrote the file.
 
     Raises
     ------
@@ -42,6 +56,8 @@ class Kept:
     criterion: str = "nmi"
     budget: Mapping[str, object] = field(default_factory=dict)
     threshold: Mapping[int, float | None] = field(default_factory=dict)
+    top_k: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=versions, compare=False)
 
     def __post_init__(self):
         if set(self.layers) != set(self.num_experts):
@@ -66,11 +82,11 @@ class Kept:
     def write(self, path: str | Path) -> None:
         """Write ``kept.json``, whole or not at all."""
         with whole(Path(path)) as part:
-            part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> "Kept":
-        """Read ``kept.json``.
+        """Read ``kept.json``; one that an older release wrote, with a warning.
 
         Raises
         ------
@@ -81,13 +97,27 @@ class Kept:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            for name in ("layers", "num_experts", "threshold"):
+            schema = content.pop("schema", None)
+            if schema is None:
+                content |= {"top_k": {}, "versions": {}}
+            elif schema != SCHEMA:
+                raise ValueError(f"its schema is {schema}, this moeits reads {SCHEMA}: update moeits")
+            for name in ("layers", "num_experts", "threshold", "top_k"):
                 content[name] = {int(layer): value for layer, value in content[name].items()}
             content["layers"] = {layer: tuple(map(int, ids)) for layer, ids in content["layers"].items()}
-            return cls(**content)
+            content["top_k"] = {layer: tuple(pair) for layer, pair in content["top_k"].items()}
+            kept = cls(**content)
         except FileNotFoundError:
             raise
         except KeyError as error:
             raise ValueError(f"{path} is not a kept.json: it has no {error.args[0]!r}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a valid kept.json: {error}") from error
+        if schema is None:
+            warnings.warn(
+                f"{path} has no schema number: an older moeits wrote it; the next release may not read it: "
+                "select or prune again to renew it",
+                FutureWarning,
+                stacklevel=2,
+            )
+        return kept

@@ -34,6 +34,11 @@ Without remote code: `moeits.load_model(folder)`.
 """,
 }
 
+_SHRUNK = (
+    "In some layers fewer experts remain than a token used before, so their top-k is smaller "
+    "(`top_k` in `kept.json`)."
+)
+
 _CITATION = """\
 ```bibtex
 @misc{balderas2026moeits,
@@ -108,7 +113,9 @@ def model_card(
         "Redundant routed experts were removed with MoEITS: their weights and their rows of the router are "
         "gone. `kept.json` names every expert that stays.",
         f"## Recipe\n\nCriterion: {kept.criterion}. Budget: {budget}.\n\n"
-        + _table(["layer", "experts", "top-k", "threshold", "kept"], layers),
+        + _table(["layer", "experts", "top-k", "threshold", "kept"], layers)
+        + (f"\n\n{_SHRUNK}" if kept.top_k else "")
+        + f"\n\nMade with {' and '.join(f'{name} {number}' for name, number in kept.versions.items())}.",
         "## Sizes\n\n" + _table(["", "before", "after", "share"], size_rows(before, after)),
         *(
             ["## Scores\n\n" + _table(["task", "metric", "value", "standard error", "n"], measured)]

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import joblib
 import numpy as np
@@ -28,11 +29,22 @@ from moeits.machine.paths import CACHE, whole
 from moeits.machine.spread import unordered
 from moeits.models.card import read_card
 from moeits.models.families import MoELayer, moe_layers, router_dimension, sizes
-from moeits.models.folder import describe_folder, hollow_model, read_config
+from moeits.models.folder import (
+    carry_files,
+    check_target,
+    check_writable,
+    describe_folder,
+    hollow_model,
+    read_config,
+)
 from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
-from moeits.models.surgery import complete, compose, pruned_settings
+from moeits.models.surgery import complete, compose, pruned_settings, warn_of_top_k
 from moeits.nmi import PRESETS, nmi_matrix
+from moeits.selection import check_budget
 from moeits.study import records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _DTYPES = {
     "F64": (np.uint64, torch.float64),
@@ -175,13 +187,13 @@ def expert_blocks(
         weights are quantised, the model is dense or of an unknown family, or a layer is not one of its own.
     """
     config = read_config(folder)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{folder}: the weights are quantised; save the model dequantised first")
+    tensors = stored_tensors(folder)
+    _check_quantisation(folder, config, tensors)
     expected = {layer.layer: layer for layer in moe_layers(hollow_model(config))}
     if unknown := sorted(set(layers or ()) - set(expected)):
         raise ValueError(f"{folder} has no experts in layer {unknown}: it has them in {sorted(expected)}")
     stored = defaultdict(lambda: defaultdict(dict))
-    for tensor in stored_tensors(folder).values():
+    for tensor in tensors.values():
         match = _EXPERT.search(tensor.name)
         if match and match["word"] in _ROLES:
             expert = None if match["expert"] is None else int(match["expert"])
@@ -193,6 +205,122 @@ def expert_blocks(
     ]
     for block in blocks:
         yield block.layer, block
+
+
+def _check_quantisation(
+    folder: str | Path, config: "PreTrainedConfig", tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Refuse quantised weights; where only the configuration says so, name what to remove from it."""
+    if not (settings := getattr(config, "quantization_config", None)):
+        return
+    method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
+    scaled = [
+        name for name in tensors if re.search(r"scales?(_inv)?$|q(weight|zeros)$|_packed$|absmax$", name)
+    ]
+    if scaled or {tensor.dtype for tensor in tensors.values()} - set(_DTYPES) - {"I64", "I32", "BOOL"}:
+        raise ValueError(f"{folder}: the weights are quantised ({method}); save the model dequantised first")
+    raise ValueError(
+        f"{Path(folder) / 'config.json'} says that the weights are quantised ({method}), but they are stored "
+        "in floating point: remove the key 'quantization_config' from it"
+    )
+
+
+def check_prunable(
+    source: str | Path,
+    target: str | Path | None = None,
+    *,
+    tau: float | None = None,
+    n_keep: int | None = None,
+    share: float | None = None,
+    at_least: int | None = None,
+    at_least_top_k: bool = False,
+) -> dict[str, int]:
+    """Check all that configuration, index and headers tell of a pruning, before anything is measured.
+
+    Parameters
+    ----------
+    source : str or Path
+        Folder of a checkpoint.
+    target : str or Path, optional
+        Folder to make.
+    tau, n_keep, share : optional
+        The budget, as in :func:`moeits.selection.select_layers`.
+    at_least : int, optional
+        Fewest experts per layer, where the family's minimum is not higher.
+    at_least_top_k : bool, default=False
+        Keep so many experts in every layer that a token can use as many as before.
+
+    Returns
+    -------
+    dict of str to int
+        ``groups`` of the routers, and ``minimum``: the fewest experts per layer that all this allows.
+
+    Raises
+    ------
+    FileExistsError, PermissionError, NotADirectoryError
+        If the target exists or cannot be written, or the cache cannot.
+    FileNotFoundError, ValueError
+        As :func:`expert_blocks`; if the folder holds more than a language model, a router is stored in a way
+        that is not known, or the budget cannot be kept.
+    OSError
+        If the disk is too small for the smallest model that the budget allows.
+    """
+    source = Path(source)
+    check_writable(CACHE, "set MOEITS_CACHE to a folder that can be written")
+    if target is not None:
+        check_target(target)
+    layers = _layers_of(source)
+    tensors = stored_tensors(source)
+    floors = {
+        number: max(at_least or 1, layer.least_for_top_k if at_least_top_k else layer.minimum)
+        for number, layer in layers.items()
+    }
+    floor = max(floors.values())
+    for number, layer in layers.items():
+        check_budget(
+            layer.num_experts,
+            tau=tau,
+            n_keep=n_keep,
+            share=share,
+            at_least=min(floor, layer.num_experts),
+            groups=layer.groups,
+            where=f"layer {number}: ",
+        )
+    groups = max(layer.groups for layer in layers.values())
+    fewest = {number: min(n_keep or floor, layer.num_experts) for number, layer in layers.items()}
+    if share is not None:
+        total, least = sum(layer.num_experts for layer in layers.values()), sum(fewest.values())
+        if share * total <= least - groups:
+            raise ValueError(
+                f"a share of {share:g} of {total} experts is out of reach: {least} must stay, "
+                f"at least {floor} in every layer"
+            )
+        per_layer = {number: round(share * layer.num_experts) for number, layer in layers.items()}
+        fewest = {number: max(count, per_layer[number]) for number, count in fewest.items()}
+    size = sum(
+        piece.size for piece in _pieces(tensors.values(), layers, {n: range(c) for n, c in fewest.items()})
+    )
+    if target is not None:
+        _check_disk(Path(target), size)
+    return {"groups": groups, "minimum": floor}
+
+
+def _layers_of(source: Path) -> dict[int, MoELayer]:
+    """Layers of a checkpoint that can be pruned file by file, after checking that this one can."""
+    next(expert_blocks(source))  # which checks all of them
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if "text_config" in settings:
+        raise ValueError(
+            f"{source} holds more than a language model ({settings.get('model_type')}): load its language "
+            "model (moeits.load_model), prune that in memory and save it"
+        )
+    return {layer.layer: layer for layer in moe_layers(hollow_model(read_config(source)))}
+
+
+def _check_disk(target: Path, size: int) -> None:
+    place = check_writable(target.parent, "choose another output folder")
+    if (free := shutil.disk_usage(place).free) < size:
+        raise OSError(errno.ENOSPC, f"the pruned model needs {size:,} bytes, free are {free:,}", str(target))
 
 
 def measure_nmi(
@@ -281,13 +409,14 @@ def prune_checkpoint(
     target: str | Path,
     kept: Mapping[int, Sequence[int]] | Kept,
     *,
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Path:
     """Remove experts from a checkpoint without loading it: bytes that stay are copied, file by file.
 
-    The new folder holds what :func:`moeits.models.folder.save_model` would write, and the source's other
-    files (tokenizer, licence, ...; its model card becomes ``README.base.md``), but none of its code. A few
-    megabytes are in memory at a time.
+    The new folder holds what :func:`moeits.models.folder.save_model` would write, and of the source's other
+    files those that a model needs (:data:`moeits.models.folder.CARRIED`; its model card becomes
+    ``README.base.md``). A few megabytes are in memory at a time.
 
     Parameters
     ----------
@@ -297,7 +426,9 @@ def prune_checkpoint(
         Folder to make; written whole or not at all. What a killed call left is removed by the next one.
     kept : mapping of int to sequence of int, or Kept
         Decoder layer to the experts that stay; layers not named stay whole.
-    progress : bool
+    trust_remote_code : bool, default=False
+        Carry the code of a tokenizer or processor along, which loading the new folder may then run.
+    progress : bool, default=False
         Show a bar with the time left.
 
     Returns
@@ -315,18 +446,9 @@ def prune_checkpoint(
     OSError
         If the disk is too small, before anything is written, or cannot be written.
     """
-    source, target = Path(source), Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
-    blocks = dict(expert_blocks(source))
+    source, target = Path(source), check_target(target)
+    layers = _layers_of(source)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if "text_config" in settings:
-        raise ValueError(
-            f"{source} holds more than a language model ({settings.get('model_type')}): load its language "
-            "model (moeits.load_model), prune that in memory and save it"
-        )
-    model = hollow_model(read_config(source))
-    layers = {layer.layer: layer for layer in moe_layers(model)}
     mark = fingerprint(source)
     if isinstance(kept, Kept) and len(kept.fingerprint or "") == _OLD_FINGERPRINT:
         warnings.warn(
@@ -341,6 +463,7 @@ def prune_checkpoint(
             f"{kept.fingerprint}); {source} has fingerprint {mark}"
         )
     kept = complete(kept, list(layers.values()), _name(source), mark)
+    warn_of_top_k(kept)
     tensors = stored_tensors(source)
     pieces = _pieces(tensors.values(), layers, kept.layers)
 
@@ -348,10 +471,8 @@ def prune_checkpoint(
     for piece in sorted(pieces, key=lambda piece: piece.tensor.start):
         files[piece.tensor.file].append(piece)
     size = sum(piece.size for piece in pieces)
-    place = next(folder for folder in target.resolve().parents if folder.exists())
-    if (free := shutil.disk_usage(place).free) < size:
-        raise OSError(errno.ENOSPC, f"the pruned model needs {size:,} bytes, free are {free:,}", str(target))
-    before = sizes(model)
+    _check_disk(target, size)
+    before = sizes(hollow_model(read_config(source)))
     with whole(target) as part:
         part.mkdir()
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="prune", disable=not progress)
@@ -369,22 +490,17 @@ def prune_checkpoint(
                 "weight_map": {piece.name: piece.tensor.file.name for piece in pieces},
             }
             (part / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in source.iterdir():
-            if file.is_file() and file.suffix not in _NOT_CARRIED and file.name not in _REPLACED:
-                shutil.copy(file, part / ("README.base.md" if file.name == "README.md" else file.name))
+        carry_files(source, part, trust_remote_code=trust_remote_code)
         settings |= pruned_settings(settings, list(layers.values()), kept.layers, before)
         (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         earlier = Kept.read(source / "kept.json") if (source / "kept.json").is_file() else None
         describe_folder(part, compose(earlier, kept), base_card=read_card(source))
         left = {layer: block.num_experts for layer, block in expert_blocks(part)}
-        if left != {layer: len(kept.layers[layer]) for layer in blocks}:
+        if left != {layer: len(kept.layers[layer]) for layer in layers}:
             raise ValueError(f"{source}: its experts are stored in a way that is not known; found {left}")
     return target
 
 
-# Other formats of the same weights would still be whole; code of the folder does not know the pruned model.
-_NOT_CARRIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".py"}
-_REPLACED = {"config.json", "kept.json", INDEX, "pytorch_model.bin.index.json"}
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _ONE_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
 _ALL_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")

@@ -179,6 +179,12 @@ class MoELayer:
         """Experts per token when `count` experts remain: never more than the groups that are chosen hold."""
         return min(self.top_k, count * self.top_groups // self.groups)
 
+    @property
+    def least_for_top_k(self) -> int:
+        """Fewest experts with which a token still uses `top_k` of them, as many in every group."""
+        per_group = -(-self.top_k // self.top_groups)
+        return max(per_group * self.groups, self.minimum)
+
 
 def refusal(model_type: str) -> str:
     """Say why models of a type are not served: a reason that is known, or that the type is not."""

@@ -3,7 +3,9 @@
 import copy
 import inspect
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pprint import pformat
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moeits.kept import Kept
+from moeits.kept import Kept, versions
 from moeits.machine.paths import whole
 from moeits.models.card import model_card, read_card
 from moeits.models.families import (
@@ -21,13 +23,26 @@ from moeits.models.families import (
     refusal,
     sizes,
 )
-from moeits.models.surgery import cut_experts, refuse_router_loss, refuse_router_loss_in
+from moeits.models.safetensors import inside
+from moeits.models.surgery import (
+    cut_experts,
+    refuse_router_loss,
+    refuse_router_loss_in,
+    save_whole_folders,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 REMOTE_CODE = "modeling_moeits.py"
 """File in a pruned folder that loads it where this package is not installed."""
+
+STOP = (
+    "none: layers of this model keep different numbers of experts, which the family's class does not know; "
+    "load it with trust_remote_code=True, or with moeits.load_model"
+)
+"""Implementation of the experts that an uneven folder asks for: the family's own class stops with this text,
+whatever it is told to ignore, and the folder's code and this package take the default instead."""
 
 
 def save_model(
@@ -69,23 +84,143 @@ def save_model(
     ValueError
         If the model was not pruned.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another folder, or remove it first")
+    folder = check_target(folder)
     if getattr(model, "kept", None) is None:
         raise ValueError(
             "this model was not pruned: save it with model.save_pretrained, or prune_model it first"
         )
-    base = Path(model.config.name_or_path)
     with whole(folder) as part:
-        model.save_pretrained(part, max_shard_size=max_shard_size)
+        type(model).save_pretrained(model, part, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        for pattern in ("LICENSE*", "NOTICE*"):
-            for file in base.glob(pattern) if base.is_dir() else ():
-                shutil.copy(file, part)
-        describe_folder(part, model.kept, scores=scores, base_card=read_card(base))
+        complete_folder(model, part, scores=scores)
     return folder
+
+
+def complete_folder(
+    model: "PreTrainedModel", folder: Path, *, scores: Iterable[Mapping[str, object]] = ()
+) -> None:
+    """Put beside the saved weights of a pruned model what its folder needs to load and to be understood.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Pruned model; where ``model.config.name_or_path`` is a folder, its tokenizer, licence, ... are carried
+        along.
+    folder : Path
+        Folder that ``save_pretrained`` has written.
+    scores
+        See :func:`save_model`.
+    """
+    base = Path(model.config.name_or_path)
+    if base.is_dir():
+        carry_files(base, folder)
+    describe_folder(folder, model.kept, scores=scores, base_card=read_card(base))
+
+
+def check_target(target: str | Path) -> Path:
+    """Check that a new folder can be made.
+
+    Raises
+    ------
+    FileExistsError
+        If it exists.
+    PermissionError, NotADirectoryError
+        If nothing can be written where it is to lie.
+    """
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
+    check_writable(target.parent, "choose another output folder")
+    return target
+
+
+def check_writable(folder: Path, remedy: str) -> Path:
+    """Nearest folder above that exists, after checking that something can be written there."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file, not a folder: {remedy}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written in {place}: {remedy}")
+    return place
+
+
+CARRIED = (
+    *(
+        "tokenizer*",
+        "vocab*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "normalizer.json",
+    ),
+    *("*.model", "*.model.v*", "*.tiktoken", "tekken.json"),
+    *("chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("*processor_config.json", "generation_config.json", "healing.json"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "README.base.md"),
+)
+"""Files beside the weights that a model or its licence needs; no others go into a pruned folder."""
+
+_CARRIED_SUFFIXES = {"", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", ".pdf", ".v3", ".v7"}
+
+
+def carry_files(source: Path, target: Path, *, trust_remote_code: bool = False) -> None:
+    """Copy what a model needs beside its weights: tokenizer, templates, processor, licence (:data:`CARRIED`).
+
+    Parameters
+    ----------
+    source, target : Path
+        Folder of the model before, and the folder that is being written; what is there already stays.
+    trust_remote_code : bool, default=False
+        Carry the Python code of a tokenizer or processor along, too. Otherwise the settings that name it are
+        removed with a warning, so that what the library has of its own is used.
+
+    Raises
+    ------
+    ValueError
+        If a file is a link that leaves the folder.
+    """
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    found = {
+        file.relative_to(source).as_posix()
+        for pattern in CARRIED
+        for file in source.glob(pattern)
+        if file.is_file() and file.suffix in _CARRIED_SUFFIXES
+    }
+    pairs = {name: name for name in found}
+    if (source / "README.md").is_file() and "README.base.md" not in found:
+        pairs["README.md"] = "README.base.md"
+    for name, new in sorted(pairs.items()):
+        file = inside(source, name, "the folder")
+        if not (target / new).exists():
+            (target / new).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / new)
+    for file in sorted([*target.glob("tokenizer_config.json"), *target.glob("*processor_config.json")]):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        modules = _modules_of(settings.get("auto_map"))
+        if not modules:
+            continue
+        if trust_remote_code:
+            for module in modules:
+                code = inside(source, f"{module}.py", file.name)
+                for needed in (code, *get_relative_import_files(code)):
+                    shutil.copyfile(inside(source, Path(needed).name, code.name), target / Path(needed).name)
+            continue
+        del settings["auto_map"]
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        warnings.warn(
+            f"{file.name} names code of its own ({', '.join(modules)}), which is not carried along, so its "
+            "auto_map was removed; if you trust the code, prune with trust_remote_code (--trust-remote-code)",
+            stacklevel=2,
+        )
+
+
+def _modules_of(auto_map: object) -> list[str]:
+    """Modules that an ``auto_map`` names: ``module.Class``, in a mapping or, in older files, a list."""
+    classes = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    names = [name for entry in classes for name in (entry if isinstance(entry, list) else [entry]) if name]
+    return sorted({name.partition("--")[2].partition(".")[0] or name.partition(".")[0] for name in names})
 
 
 def load_model(
@@ -105,7 +240,8 @@ def load_model(
     Returns
     -------
     transformers.PreTrainedModel
-        The model, in evaluation mode. A pruned one knows its ``kept.json`` as ``model.kept``.
+        The model, in evaluation mode. A pruned one knows its ``kept.json`` as ``model.kept``. The setting
+        ``output_router_logits``, which adds the auxiliary loss of pretraining, is off.
 
     Raises
     ------
@@ -115,6 +251,9 @@ def load_model(
         If it names no causal language model that transformers knows.
     """
     config = read_config(folder)
+    text = config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
     model = _model_class(config).from_pretrained(folder, config=config, **options)
     if device is not None:
         model.to(device)
@@ -125,6 +264,7 @@ def load_model(
         model.set_experts_implementation(ONE_BY_ONE)
     if (file := Path(folder) / "kept.json").is_file():
         model.kept = Kept.read(file)
+        save_whole_folders(model)
     return model
 
 
@@ -142,6 +282,8 @@ def read_config(folder: str | Path) -> "PreTrainedConfig":
     if model_type not in CONFIG_MAPPING:
         raise ValueError(refusal(model_type))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config._experts_implementation == STOP:
+        config._experts_implementation = None
     # In a checkpoint of several models, the language model's class may take its own part alone.
     text = config.get_text_config()
     return text if _native_class(config).config_class is type(text) else config
@@ -173,11 +315,13 @@ def describe_folder(
     file = folder / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings.pop("auto_map", None)
+    settings.pop("experts_implementation", None)
     (folder / REMOTE_CODE).unlink(missing_ok=True)
     base = _native_class(config).__name__
     if not plain:
         (folder / REMOTE_CODE).write_text(_remote_code(base, moe_layers(model)), encoding="utf-8")
         settings["auto_map"] = {"AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.Pruned{base}"}
+        settings["experts_implementation"] = STOP
     settings["architectures"] = [base if plain else f"Pruned{base}"]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     kept.write(folder / "kept.json")
@@ -253,15 +397,22 @@ def _remote_code(base: str, layers: Sequence[MoELayer]) -> str:
         top_ks=top_ks,
         cut_experts=inspect.getsource(cut_experts),
         refuse_router_loss=inspect.getsource(refuse_router_loss),
+        stop=STOP,
+        versions=" and ".join(f"{name} {number}" for name, number in versions().items()),
     )
 
 
-_TEMPLATE = '''"""Loads this checkpoint, whose layers keep different numbers of experts."""
+_TEMPLATE = '''"""Loads this checkpoint, whose layers keep different numbers of experts.
+
+Written by {versions}.
+"""
 
 # transformers looks for the next line to know that the implementation of the experts can be chosen:
 # @use_experts_implementation
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -273,6 +424,8 @@ LAYERS = {layers}
 TENSORS = {tensors}
 COUNTERS = {counters}
 TOP_KS = {top_ks}
+# What config.json names as the experts' implementation, so that no other class loads random experts.
+STOP = {stop!r}
 
 
 {cut_experts}
@@ -282,15 +435,25 @@ TOP_KS = {top_ks}
 class Pruned{base}({base}):
     """{base} with the experts that are left in each layer."""
 
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file
+
     @classmethod
     def is_custom_code(cls):
         """Have transformers convert the names of stored tensors as for the family's own class."""
         return False
 
     def __init__(self, config, *args, **kwargs):
+        if config._experts_implementation == STOP:
+            config._experts_implementation = None
         super().__init__(config, *args, **kwargs)
         for layer, (count, top_k) in LAYERS.items():
             layer = self.get_submodule(f"{prefix}{{layer}}")
             cut_experts(layer, range(count), top_k, TENSORS, COUNTERS, TOP_KS)
         self.register_forward_pre_hook(refuse_router_loss, with_kwargs=True)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        file = Path(save_directory) / "config.json"
+        settings = json.loads(file.read_text()) | {{"experts_implementation": STOP}}
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 '''

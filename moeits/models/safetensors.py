@@ -5,7 +5,7 @@ import json
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moeits.machine.keys import once_for_file
 
@@ -40,6 +40,35 @@ class StoredTensor:
     stop: int
 
 
+def inside(folder: Path, name: str, named_by: str) -> Path:
+    """Path of a file of a folder, after checking that it lies there.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+    name : str
+        Name of a file in it; it may be a link to a blob of the hub's cache.
+    named_by : str
+        What names it, for the error.
+
+    Raises
+    ------
+    ValueError
+        If the name, or the link that it is, leaves the folder.
+    """
+    file = folder / name
+    target, home = file.resolve(), folder.resolve()
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    leaves = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
+    if leaves or not (target.is_relative_to(home) or (file.is_symlink() and cached)):
+        raise ValueError(
+            f"{named_by} names {name!r}, which lies outside {folder}: a model is read from its own folder "
+            "alone; put the file there and correct the name"
+        )
+    return file
+
+
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Find every tensor of a checkpoint, from the headers of its files.
 
@@ -58,19 +87,22 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     FileNotFoundError
         If there is no safetensors checkpoint, or a file that the index names is missing.
     ValueError
-        If a file is cut short or is no safetensors file, or lacks a tensor that the index says it holds.
+        If a file is cut short or is no safetensors file, lacks a tensor that the index says it holds, or lies
+        outside the folder.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file():
             raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
-        return read_header(folder / SINGLE)
+        return read_header(inside(folder, SINGLE, "the folder"))
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
     for file in files:
+        entry = next(name for name, place in places.items() if place == file)
+        inside(folder, file, f"{folder / INDEX} ({entry})")
         if not (folder / file).is_file():
             count = sum(place == file for place in places.values())
             raise FileNotFoundError(f"{folder / file} is missing: the index says it holds {count} tensors")

@@ -5,10 +5,12 @@ over the experts that remain, so a pruned model equals the whole one with the sc
 masked out; that is what :func:`masked` does, and what the tests compare with.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from moeits.kept import Kept
+from moeits.kept import Kept, versions
 from moeits.models.families import (
     EXPERT_COUNTS,
     TOP_KS,
@@ -35,9 +37,9 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
     """Remove experts from a model, in place.
 
     Everything is checked first: when a ValueError is raised the model is as it was. Where fewer experts
-    remain than a token uses, the layer's top-k shrinks. ``config.num_experts_per_layer`` lists every
-    Mixture-of-Experts layer, ``config.unpruned`` the sizes of the whole model, and ``model.kept`` is what
-    ``kept.json`` will hold.
+    remain than a token uses, the layer's top-k shrinks, with a warning. ``config.num_experts_per_layer``
+    lists every Mixture-of-Experts layer, ``config.unpruned`` the sizes of the whole model, and ``model.kept``
+    is what ``kept.json`` will hold. ``model.save_pretrained`` then writes a folder that loads.
 
     Parameters
     ----------
@@ -73,6 +75,7 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
         ids = chosen[layer.layer]
         if len(ids) < layer.num_experts:
             cut_experts(model, ids, layer.top_k_of(len(ids)), layer.tensors, layer.counters, layer.top_ks)
+    warn_of_top_k(kept)
     config = model.config.get_text_config()
     for key, value in pruned_settings(config.to_dict(), layers, chosen, before).items():
         setattr(config, key, value)
@@ -84,7 +87,32 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
                     setattr(model, key, value)
     refuse_router_loss_in(model)
     model.kept = compose(getattr(model, "kept", None), kept)
+    save_whole_folders(model)
     return model
+
+
+def save_whole_folders(model: nn.Module) -> None:
+    """Have ``model.save_pretrained`` write the loading code, ``kept.json`` and the card of a pruned model."""
+
+    def save_pretrained(self: nn.Module, save_directory: str, *args: object, **options: object) -> None:
+        from moeits.models.folder import complete_folder
+
+        type(self).save_pretrained(self, save_directory, *args, **options)
+        if options.get("is_main_process", True):
+            complete_folder(self, Path(save_directory))
+
+    model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def warn_of_top_k(kept: Kept) -> None:
+    """Say in which layers fewer experts remain than a token used."""
+    if kept.top_k:
+        layers = ", ".join(f"{layer}: {before} to {after}" for layer, (before, after) in kept.top_k.items())
+        warnings.warn(
+            f"fewer experts remain than a token used, so top-k shrinks (layer {layers}), as in the authors' "
+            "code; at_least_top_k (--at-least-top-k) keeps enough of them",
+            stacklevel=3,  # whoever prunes
+        )
 
 
 def complete(
@@ -117,14 +145,17 @@ def complete(
     """
     counts = {layer.layer: layer.num_experts for layer in layers}
     if not isinstance(kept, Kept):
-        return Kept(check_kept(layers, kept), counts, model, fingerprint, criterion="given")
+        kept = Kept(check_kept(layers, kept), counts, model, fingerprint, criterion="given")
     for layer, count in kept.num_experts.items():
         if counts.get(layer, count) != count:
             raise ValueError(
                 f"layer {layer} has {counts[layer]} experts, but the kept ones were chosen out of {count}: "
                 f"the choice is for another model ({kept.model or 'not named'})"
             )
-    return replace(kept, layers=check_kept(layers, kept.layers), num_experts=counts)
+    chosen = check_kept(layers, kept.layers)
+    after = {layer.layer: (layer.top_k, layer.top_k_of(len(chosen[layer.layer]))) for layer in layers}
+    shrunk = {layer: pair for layer, pair in after.items() if pair[1] < pair[0]}
+    return replace(kept, layers=chosen, num_experts=counts, top_k=shrunk, versions=versions())
 
 
 def compose(first: Kept | None, second: Kept) -> Kept:
@@ -138,6 +169,10 @@ def compose(first: Kept | None, second: Kept) -> Kept:
         model=first.model,
         fingerprint=first.fingerprint,
         criterion=f"{first.criterion}, then {second.criterion}",
+        top_k={
+            layer: (first.top_k.get(layer, second.top_k.get(layer))[0], after)
+            for layer, (_, after) in {**first.top_k, **second.top_k}.items()
+        },
     )
 
 
@@ -169,6 +204,8 @@ def pruned_settings(
     changed: dict[str, object] = {"num_experts_per_layer": counts}
     if "unpruned" not in settings:
         changed["unpruned"] = {key: getattr(before, key) for key in ("total", "routed", "active", "bytes")}
+    if len(set(counts.values())) > 1 and settings.get("output_router_logits"):
+        changed["output_router_logits"] = False  # the auxiliary loss cannot add up uneven layers
     top_ks = {layer.top_k_of(len(kept[layer.layer])) for layer in layers}
     if len(set(counts.values())) == len(top_ks) == 1:
         for keys, value in ((EXPERT_COUNTS, next(iter(counts.values()))), (TOP_KS, next(iter(top_ks)))):
@@ -226,6 +263,7 @@ def masked(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[nn.M
     kept = check_kept(layers, kept)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     removed_rows: dict[int, torch.Tensor] = {}
+    top_ks = {layer: layer.top_k_of(len(kept[layer.layer])) for layer in layers if layer.groups > 1}
     biases: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in layers:
         removed = sorted(set(range(layer.num_experts)) - set(kept[layer.layer]))
@@ -241,12 +279,23 @@ def masked(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[nn.M
                 with torch.no_grad():
                     tensor.index_fill_(layer.tensors[name], ids, -torch.inf)
     try:
+        # Where the selected groups hold fewer experts than top-k, a router would look in other groups.
+        for layer, top_k in top_ks.items():
+            _set_attributes(model, layer.top_ks, top_k)
         with _MaskedScores(removed_rows):
             yield model
     finally:
+        for layer in top_ks:
+            _set_attributes(model, layer.top_ks, layer.top_k)
         with torch.no_grad():
             for tensor, before in biases:
                 tensor.copy_(before)
+
+
+def _set_attributes(model: nn.Module, names: Iterable[str], value: int) -> None:
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, value)
 
 
 class _MaskedScores(TorchFunctionMode):
