@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from moeits import evaluation
-from moeits.machine.paths import DATA, ROOT
+from moeits.machine.keys import file_digest
 from moeits.models.folder import load_model
 from moeits.study import profiles, records
 from moeits.study.pipeline import Study
@@ -115,22 +115,14 @@ def main(shots: tuple[int, ...], dtype: tuple[str, ...], limit: int, repeats: in
     """Compare seconds and answers on a laptop model."""
     study = Study(profiles.load(profile), MODEL)
     for name, count in product(dtype, shots):
-        inputs = {
-            "fingerprint": study.fingerprint,
-            "dtype": name,
-            "shots": count,
-            "limit": limit,
-            "repeats": repeats,
-            "source": records.source_digest(
-                ("evaluation/__init__", "evaluation/shared_prefix", "models/unstack")
-            ),
-            "benchmark": records.file_digest(ROOT / "benchmarks" / "evaluation.py"),
-            "lock": records.lock_digest(),
-        }
         score = partial(measure, study.folder, name, count, limit, repeats)
-        found = records.remember(
-            DATA / "results" / profile, "bench-evaluation", inputs, lambda score=score: (score(), {})
-        )
+        found = study.measurement(
+            "bench-evaluation",
+            {"dtype": name, "shots": count, "limit": limit, "repeats": repeats},
+            lambda score=score: (score(), {}),
+            on={"benchmark": file_digest(Path(__file__))},
+            code=(evaluation.evaluate,),
+        ).record()
         table = records.frame([found]).query("metric == 'seconds'")
         table = table.pivot_table(index="task", columns="method", values="value")
         click.echo(f"{name}, {count} shots: {(table.HFLM / table.ours).median():.2f} x as fast, median")

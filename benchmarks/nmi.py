@@ -28,10 +28,12 @@ from tqdm import tqdm
 from transformers import CONFIG_MAPPING
 
 from moeits.histograms import discretise
-from moeits.machine.paths import DATA, ROOT
+from moeits.machine.keys import file_digest
+from moeits.machine.paths import DATA
 from moeits.models.checkpoint import ExpertBlock, Projection, expert_blocks
 from moeits.nmi import nmi, nmi_matrix, projection_nmi
 from moeits.study import records
+from moeits.study.measurement import Measurement
 from moeits.study.standin import heavy_tailed
 
 
@@ -374,14 +376,18 @@ def main(quick: bool, profile: str, output: Path | None, folder: Path | None, pa
         rows = measure(quick)
         output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     else:
-        inputs = {
-            "quick": quick,
-            "source": records.source_digest(("nmi", "histograms", "models/checkpoint", "models/safetensors")),
-            "benchmark": records.file_digest(ROOT / "benchmarks" / "nmi.py"),
-        }
-        rows = records.remember(
-            DATA / "results" / profile, "bench-nmi", inputs, lambda: (measure(quick), {})
-        ).rows
+        rows = (
+            Measurement(
+                DATA / "results" / profile,
+                "bench-nmi",
+                {"quick": quick},
+                lambda: (measure(quick), {}),
+                built_on={"benchmark": file_digest(Path(__file__))},
+                code=(nmi_matrix, expert_blocks),
+            )
+            .record()
+            .rows
+        )
     width = max(len(what) for what, _, _ in bars(rows))
     for what, bar, value in bars(rows):
         click.echo(f"{what:<{width}}  {bar:>12}  {value:>12}")

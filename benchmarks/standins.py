@@ -13,8 +13,10 @@ from pathlib import Path
 
 import click
 
-from moeits.machine.paths import DATA, ROOT
+from moeits.machine.keys import file_digest
+from moeits.machine.paths import DATA
 from moeits.study import records
+from moeits.study.measurement import Measurement
 from moeits.study.standin import names
 
 SAVING = {"standin": "whole", "prune": "pruned", "heal": "healed"}  # step -> the folder that it writes
@@ -72,16 +74,16 @@ def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None, p
     """Make, measure, prune, heal, score and load stand-ins for MODELS (all three by default)."""
     folder = DATA / "results" / profile
     for name in models or names():
-        inputs = {
-            "model": name,
-            "layers": layers,
-            "shrink": shrink,
-            "source": records.file_digest(ROOT / "benchmarks" / "standins.py"),
-            "lock": records.lock_digest(),
-        }
         take = partial(measure, name, layers, shrink, disk)
-        found = records.remember(folder, "bench-standins", inputs, lambda take=take: (take(), {}))
-        click.echo(folder / f"{found.step}-{found.id}.json")
+        measurement = Measurement(
+            folder,
+            "bench-standins",
+            {"model": name, "layers": layers, "shrink": shrink},
+            lambda take=take: (take(), {}),
+            built_on={"benchmark": file_digest(Path(__file__))},
+        )
+        measurement.record()
+        click.echo(measurement.path)
 
 
 if __name__ == "__main__":

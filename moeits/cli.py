@@ -303,11 +303,11 @@ def rivals(
     finals = pipeline.do(comparison.final_steps(settings, cells, ways), **spread)
     # Timed one after the other, with nothing beside.
     speeds = [] if methods else pipeline.do(comparison.speed_steps(settings, models), say=click.echo)
-    oracles = [comparison.Comparison(settings, name).oracle_found() for name in models]
+    oracles = [record for name in models for record in comparison.Comparison(settings, name).found("oracle")]
     for shown in (
         tables.table(cells),
         tables.finals_table(finals),
-        tables.oracle_table([oracle for oracle in oracles if oracle], cells),
+        tables.oracle_table(oracles, cells),
         tables.speed_table(speeds, cells),
     ):
         if len(shown):

@@ -14,8 +14,9 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import CACHE, ROOT
-from moeits.study.records import Record, digest, environment, file_digest, read
+from moeits.study.records import Record, environment, read
 
 _PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 _FILES = {"svg": "SVG", "pdf": "PDF", "csv": "data (CSV)"}

@@ -26,10 +26,11 @@ from nbformat import NotebookNode
 from pydantic import TypeAdapter, ValidationError
 
 from moeits.book.pages import find_record, make_page
+from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.study import comparison, pipeline
 from moeits.study.profiles import Profile
-from moeits.study.records import digest, file_digest, lock_digest
+from moeits.study.records import lock_digest
 
 _NOTEBOOKS_AT_ONCE = 4  # each holds some gigabytes
 SOLUTIONS = "Solutions"  # the part of the contents that the students' book leaves out

@@ -30,16 +30,7 @@ from moeits.criteria.base import (
     uniform,
     whole_groups,
 )
-
-# What the modules of criteria import from elsewhere in the package.
-_IMPORTS = {
-    "criteria/clusters": ("nmi",),
-    "criteria/compression": ("criteria/clusters",),
-    "criteria/information": ("nmi", "selection"),
-    "criteria/recombination": ("criteria/router",),
-    "nmi": ("histograms",),
-    "selection": ("kept",),
-}
+from moeits.machine.keys import by_value
 
 
 @dataclass(frozen=True)
@@ -94,18 +85,9 @@ class Criterion:
         return self.score is None and self.choose is None and self.change is None
 
     @property
-    def modules(self) -> list[str]:
-        """Modules below ``moeits`` whose source the choice depends on."""
-        own = {
-            getattr(part, "func", part).__module__.removeprefix("moeits.").replace(".", "/")
-            for part in (self.score, self.choose, self.change, self.spread)
-            if part is not None
-        }
-        found, new = {"criteria/base"}, own
-        while new:
-            found |= new
-            new = {module for name in new for module in _IMPORTS.get(name, ())} - found
-        return sorted(found)
+    def parts(self) -> list[Callable]:
+        """Functions that the choice is computed by."""
+        return [part for part in (self.score, self.choose, self.change, self.spread) if part is not None]
 
     @property
     def functions(self) -> list[object]:
@@ -163,6 +145,7 @@ def _check_number(layer: Layer, n_keep: int, groups: int = 1) -> None:
         )
 
 
+@by_value
 def criterion(name: str) -> Criterion:
     """Look up a criterion.
 

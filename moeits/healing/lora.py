@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from moeits import corpus
 from moeits.healing.recipe import Recipe
+from moeits.machine.keys import digest
 from moeits.machine.paths import whole
 from moeits.models.families import MoELayer, decoder_layers, moe_layers
 from moeits.models.unstack import ExpertList, experts_name, replace_experts
-from moeits.study.records import digest
 
 if TYPE_CHECKING:
     from accelerate import PartialState

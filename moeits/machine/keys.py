@@ -1,19 +1,15 @@
-"""What a measurement depends on: the code that it reaches, versions, and what is computed of a file once.
-
-From a function, :func:`reached` follows names through the package's syntax trees: what a function, a class or
-a constant names is reached, also through imports inside of functions. A method is reached where its class is
-and an attribute of its name occurs; all methods are where the class extends one of another package, which
-calls them. Comments, docstrings, annotations and layout do not count.
-"""
+"""What a measurement depends on: the code that it reaches, versions, and what is computed of a file once."""
 
 import ast
+import copy
 import hashlib
 import json
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +25,7 @@ NUMERIC = ("torch", "numpy", "transformers", "numba", "lm-eval", "peft", "llm-sm
 _SETTLED = 2  # seconds after its last change from which on another change of a file shows in its time
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-_Definition = _Function | ast.ClassDef
+_Import = ast.Import | ast.ImportFrom
 
 
 def digest(inputs: object) -> str:
@@ -47,6 +43,14 @@ def digest(inputs: object) -> str:
     """
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(*paths: Path) -> str:
+    """Hash of the bytes of files, in the order given; their names do not count."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return total.hexdigest()[:16]
 
 
 def once_for_file(file: Path, key: object, compute: Callable[[], Any]) -> Any:
@@ -85,13 +89,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def code_digest(*functions: Callable) -> str:
+def by_value(function: Callable) -> Callable:
+    """Mark a function whose result is in the key of whatever uses it: the code behind it is not followed."""
+    return function
+
+
+def code_digest(*functions: Callable | str) -> str:
     """Hash of the code that functions reach in this package.
 
     Parameters
     ----------
-    *functions : callable
-        Functions or methods of the package, also in :func:`functools.partial`, whose arguments may be some.
+    *functions : callable or str
+        Functions or methods of the package, as they are, in a partial, or as :func:`reached` takes them.
 
     Returns
     -------
@@ -107,15 +116,22 @@ def _digest_of(entries: tuple[str, ...]) -> str:
 
 
 def _names(function: object) -> Iterator[str]:
-    if isinstance(function, partial):
-        for part in (function.func, *function.args, *function.keywords.values()):
-            yield from _names(part)
-    elif callable(function) and function.__module__.partition(".")[0] == PACKAGE.name:
-        yield f"{function.__module__}:{function.__qualname__}"
+    if isinstance(function, str):
+        yield function
+    elif isinstance(function, partial):
+        yield from _names(function.func)
+        for part in (*function.args, *function.keywords.values()):
+            yield from _names(part) if callable(part) else ()
+    elif (module := getattr(function, "__module__", None)) and _is_ours(module):
+        yield f"{module}:{function.__qualname__}"
 
 
 def reached(entries: tuple[str, ...], package: Path = PACKAGE) -> dict[str, str]:
     """Find the definitions of a package that functions reach.
+
+    Names are followed through the package's syntax trees: what a function, a class or a constant names is
+    reached, also through imports inside of functions. A method is reached where its class is and an attribute
+    of its name occurs; all methods are where the class extends one of another package, which calls them.
 
     Parameters
     ----------
@@ -127,88 +143,24 @@ def reached(entries: tuple[str, ...], package: Path = PACKAGE) -> dict[str, str]
     Returns
     -------
     dict of str to str
-        Name of the definition, spelled as the entries, -> its source, without comments and docstrings. What a
-        module does when it is imported, beside defining names, is named by the module alone.
+        Name of the definition, spelled as the entries, -> its source, without comments, docstrings and
+        annotations. What a module does when it is imported, beside defining names, has the module's name.
 
     Raises
     ------
     LookupError
         If there is no such function.
     """
-    walk = _Walk(_parse(package))
+    walk = _Walk(_files(package))
     for entry in entries:
         module, _, qualified = entry.partition(":")
-        owner, _, method = qualified.partition(".")
-        if not walk.modules[module].definitions.get(owner):
-            raise LookupError(f"no definition {entry}")
+        owner, method = [*qualified.split("."), ""][:2]
+        if module not in walk.files or owner not in walk.at(module).definitions:
+            raise LookupError(f"there is no definition {entry}")
         walk.attributes.add(method)
         walk.define(module, owner)
     walk.finish()
     return dict(sorted(walk.found.items()))
-
-
-@dataclass(frozen=True)
-class _Module:
-    """A module's definitions, what its names import, and what it does when it is imported."""
-
-    name: str
-    tree: ast.Module
-
-    @cached_property
-    def definitions(self) -> dict[str, list[ast.stmt]]:
-        found: dict[str, list[ast.stmt]] = {}
-        for statement in self.tree.body:
-            for name in _defines(statement):
-                found.setdefault(name, []).append(statement)
-        return found
-
-    @cached_property
-    def imports(self) -> dict[str, tuple[str, str]]:
-        return _imports([node for node in self.tree.body if isinstance(node, ast.Import | ast.ImportFrom)])
-
-    @cached_property
-    def effects(self) -> list[ast.stmt]:
-        """Statements beside definitions and imports, and decorated definitions: decorators may register."""
-        return [
-            statement
-            for statement in self.tree.body
-            if not isinstance(statement, ast.Import | ast.ImportFrom)
-            and (not list(_defines(statement)) or self._is_registered(statement))
-            and not (isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING")
-        ]
-
-    def _is_registered(self, statement: ast.stmt) -> bool:
-        names = {
-            node.id
-            for decorator in getattr(statement, "decorator_list", ())
-            for node in ast.walk(decorator)
-            if isinstance(node, ast.Name)
-        }
-        return any(name in self.definitions or name in self.imports for name in names)
-
-
-def _defines(statement: ast.stmt) -> Iterator[str]:
-    if isinstance(statement, _Definition):
-        yield statement.name
-    elif isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        for target in targets:
-            for node in ast.walk(target):
-                if isinstance(node, ast.Name):
-                    yield node.id
-
-
-def _imports(statements: list[ast.stmt]) -> dict[str, tuple[str, str]]:
-    """Local name -> module, and the name in it; empty for the module itself."""
-    found = {}
-    for statement in statements:
-        if isinstance(statement, ast.Import):
-            for alias in statement.names:
-                name = alias.name if alias.asname else alias.name.partition(".")[0]
-                found[alias.asname or name] = (name, "")
-        elif statement.module:
-            found |= {alias.asname or alias.name: (statement.module, alias.name) for alias in statement.names}
-    return {name: (module, of) for name, (module, of) in found.items() if _is_ours(module)}
 
 
 def _is_ours(module: str) -> bool:
@@ -216,25 +168,161 @@ def _is_ours(module: str) -> bool:
 
 
 @cache
-def _parse(package: Path) -> dict[str, _Module]:
+def _files(package: Path) -> dict[str, Path]:
+    """Files of a package's modules, by their names."""
     found = {}
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package.parent).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = _Module(name, _Bare().visit(ast.parse(file.read_text(encoding="utf-8"))))
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What one definition is, and what it refers to.
+
+    Attributes
+    ----------
+    text : str
+        Its source, without comments, docstrings and annotations.
+    names : tuple of (str, tuple of str)
+        Names, each with the attributes that are taken of it at once.
+    attributes : frozenset of str
+        Names of all attributes.
+    imports : dict of str to (str, str)
+        What it imports itself.
+    texts : frozenset of str
+        Its constant texts: a module's name may be one that another process runs.
+    """
+
+    text: str
+    names: tuple[tuple[str, tuple[str, ...]], ...]
+    attributes: frozenset[str]
+    imports: dict[str, tuple[str, str]]
+    texts: frozenset[str]
+
+
+class _Module:
+    """A module's definitions, what its names import, and what it does when it is imported."""
+
+    def __init__(self, name: str, file: Path) -> None:
+        self.name = name
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        self.definitions: dict[str, list[ast.stmt]] = {}
+        self.effects: list[ast.stmt] = []
+        imports = [node for node in body if isinstance(node, _Import)]
+        for node in body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                imports += [part for part in node.body if isinstance(part, _Import)]
+            elif names := _defined(node):
+                for defined in names:
+                    self.definitions.setdefault(defined, []).append(node)
+            elif not isinstance(node, _Import) and not _is_text(node):
+                self.effects.append(node)
+        self.imports = _imports(imports)
+        # a decorator of this package may register what it decorates
+        known = self.definitions.keys() | self.imports.keys()
+        for node in [node for nodes in self.definitions.values() for node in nodes]:
+            decorators = map(_root, getattr(node, "decorator_list", ()))
+            if not known.isdisjoint(decorators) and not _is_by_value(node):
+                self.effects.append(node)
+        self._facts: dict[int, _Facts] = {}
+
+    def facts(self, node: ast.stmt) -> _Facts:
+        """Look at a definition, at a class without its methods."""
+        if id(node) not in self._facts:
+            self._facts[id(node)] = _look(node)
+        return self._facts[id(node)]
+
+
+_module = cache(_Module)
+
+
+def _root(node: ast.expr) -> str:
+    return re.split(r"\W", ast.unparse(node), maxsplit=1)[0]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    """Whether a statement is a text alone: a docstring, or one below a constant."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _is_by_value(node: ast.stmt) -> bool:
+    decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ())]
+    if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call):
+        decorators.append(ast.unparse(node.value.func))
+    return any(decorator.rpartition(".")[2] == by_value.__name__ for decorator in decorators)
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, _Function | ast.ClassDef):
+        return [node.name]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        return []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+
+
+def _imports(statements: Iterable[ast.stmt]) -> dict[str, tuple[str, str]]:
+    """Local name -> module, and the name in it; empty for the module itself."""
+    found = {}
+    for statement in statements:
+        if isinstance(statement, ast.Import):
+            for alias in statement.names:
+                first = alias.name.partition(".")[0]
+                found[alias.asname or first] = (alias.name if alias.asname else first, "")
+        elif statement.module:
+            found |= {alias.asname or alias.name: (statement.module, alias.name) for alias in statement.names}
+    return {name: (module, of) for name, (module, of) in found.items() if _is_ours(module)}
+
+
+def _methods(node: ast.ClassDef) -> list[ast.stmt]:
+    return [part for part in node.body if isinstance(part, _Function)]
+
+
+def _look(node: ast.stmt) -> _Facts:
+    if isinstance(node, ast.ClassDef):
+        node = copy.copy(node)
+        node.body = [part for part in node.body if not isinstance(part, _Function)] or [ast.Pass()]
+    types = [part.annotation for part in ast.walk(node) if isinstance(part, ast.arg) and part.annotation]
+    types += [part.returns for part in ast.walk(node) if isinstance(part, _Function) and part.returns]
+    for part in list(types):  # those that are written as texts
+        for text in [of.value for of in ast.walk(part) if isinstance(of, ast.Constant)]:
+            with suppress(SyntaxError):
+                types += [ast.parse(text, mode="eval")] if isinstance(text, str) else []
+    node = _Bare().visit(node)
+    parts = [part for tree in (node, *types) for part in ast.walk(tree)]
+    names, inner = [], set()
+    for part in parts:
+        path, root = [], part
+        while isinstance(root, ast.Attribute):
+            path, root = [root.attr, *path], root.value
+        if isinstance(root, ast.Name) and root not in inner:
+            names.append((root.id, tuple(path)))
+            inner.add(root)  # the longest path comes first
+    return _Facts(
+        ast.unparse(node),
+        tuple(dict.fromkeys(names)),
+        frozenset(part.attr for part in parts if isinstance(part, ast.Attribute)),
+        _imports(part for part in parts if isinstance(part, _Import)),
+        frozenset(
+            part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)
+        ),
+    )
 
 
 class _Bare(ast.NodeTransformer):
     """Takes docstrings, other texts that stand alone, and annotations out of a syntax tree."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if alone else self.generic_visit(node)
+        return None if _is_text(node) else self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
-        node.annotation = None
-        return node
+        return ast.arg(node.arg)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         node.annotation = ast.Constant(...)
@@ -244,7 +332,7 @@ class _Bare(ast.NodeTransformer):
         if isinstance(node, _Function):
             node.returns = None
         node = super().generic_visit(node)
-        if isinstance(node, _Definition) and not node.body:
+        if isinstance(node, _Function | ast.ClassDef) and not node.body:
             node.body = [ast.Pass()]
         return node
 
@@ -253,110 +341,87 @@ class _Bare(ast.NodeTransformer):
 class _Walk:
     """Goes from definition to definition."""
 
-    modules: dict[str, _Module]
+    files: dict[str, Path]
     found: dict[str, str] = field(default_factory=dict)
     attributes: set[str] = field(default_factory=set)
     _classes: dict[str, tuple[_Module, ast.ClassDef]] = field(default_factory=dict)
-    _imported: set[str] = field(default_factory=set)
+    _entered: set[str] = field(default_factory=set)
+
+    def at(self, module: str) -> _Module:
+        """Read a module."""
+        return _module(module, self.files[module])
 
     def define(self, module: str, name: str) -> None:
         """Reach a name of a module: a definition, an import from elsewhere, or a module below it."""
-        at = self.modules[module]
+        at = self.at(module)
         self.enter(module)
         if name in at.definitions:
-            key = f"{module}:{name}"
-            if key not in self.found:
-                self.found[key] = ""
-                self.found[key] = "\n".join(self._read(at, key, node) for node in at.definitions[name])
+            for node in at.definitions[name]:
+                if not _is_by_value(node):
+                    if isinstance(node, ast.ClassDef):
+                        self._classes[f"{module}:{name}"] = at, node
+                    self._reach(f"{module}:{name}", at, node)
         elif name in at.imports:
             self._resolve(*at.imports[name])
-        elif f"{module}.{name}" in self.modules:
+        elif f"{module}.{name}" in self.files:
             self.enter(f"{module}.{name}")
-        elif name and "__getattr__" in at.definitions:
+        elif "__getattr__" in at.definitions:
             self.define(module, "__getattr__")
 
     def enter(self, module: str, *, main: bool = False) -> None:
         """Reach what importing a module does; with `main`, what running it does."""
-        at = self.modules[module]
-        if module not in self._imported or main:
-            self._imported.add(module)
-            if "." in module:
-                self.enter(module.rpartition(".")[0])
-            for owner, _ in at.imports.values():
-                self.enter(owner)
-            for number, node in enumerate(at.effects):
-                if main or "__main__" not in ast.unparse(node).partition("\n")[0]:
-                    self.found[f"{module}:{number}"] = ast.unparse(node)
-                    self._follow(at, node)
+        at = self.at(module)
+        if module in self._entered and not main:
+            return
+        self._entered.add(module)
+        if "." in module:
+            self.enter(module.rpartition(".")[0])
+        self._import(at.imports)
+        for node in at.effects:
+            if main or not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)):
+                self._reach(module, at, node)
+
+    def _import(self, imports: dict[str, tuple[str, str]]) -> None:
+        for module, name in imports.values():
+            self.enter(f"{module}.{name}" if f"{module}.{name}" in self.files else module)
 
     def finish(self) -> None:
         """Reach the methods of classes by the attributes that occur, until there are no more."""
-        before = -1
-        while before != len(self.found):
-            before = len(self.found)
+        before = None
+        while before != (before := sum(map(len, self.found.values()))):
             for key, (module, node) in list(self._classes.items()):
-                everything = any(self._is_foreign(module, base) for base in node.bases)
-                for part in node.body:
-                    if not isinstance(part, _Function):
-                        continue
-                    special = part.name.startswith("__") and part.name.endswith("__")
-                    name = f"{key}.{part.name}"
-                    if everything or special or part.name in self.attributes:
-                        if name not in self.found:
-                            self.found[name] = ""
-                            self._follow(module, part)
-                        if (text := ast.unparse(part)) not in self.found[name]:  # setters share a name
-                            self.found[name] += text
+                known = {*module.definitions, *module.imports, "NamedTuple"}
+                everything = any(_root(base) not in known for base in node.bases)
+                for part in _methods(node):
+                    special = re.fullmatch("__.*__", part.name)
+                    wanted = everything or special or part.name in self.attributes
+                    if wanted and not _is_by_value(part):
+                        self._reach(f"{key}.{part.name}", module, part)
 
-    def _read(self, module: _Module, key: str, node: ast.stmt) -> str:
-        if isinstance(node, ast.ClassDef):
-            self._classes[key] = module, node
-            rest = [part for part in node.body if not isinstance(part, _Function)] or [ast.Pass()]
-            node = ast.ClassDef(node.name, node.bases, node.keywords, rest, node.decorator_list)
-            node.type_params = []
-        self._follow(module, node)
-        return ast.unparse(node)
-
-    def _is_foreign(self, module: _Module, base: ast.expr) -> bool:
-        name = ast.unparse(base).partition(".")[0].partition("[")[0]
-        return name not in module.definitions and name not in module.imports and name != "NamedTuple"
-
-    def _follow(self, module: _Module, node: ast.AST) -> None:
-        inside = [part for part in ast.walk(node) if isinstance(part, ast.Import | ast.ImportFrom)]
-        for owner, _ in (local := _imports(inside)).values():
-            self.enter(owner)
-        bases = set()
-        for part in ast.walk(node):
-            if isinstance(part, ast.Attribute):
-                self.attributes.add(part.attr)
-                path, root = [part.attr], part.value
-                while isinstance(root, ast.Attribute):
-                    path, root = [root.attr, *path], root.value
-                if isinstance(root, ast.Name):
-                    bases.add(root)
-                    self._name(module, local, root.id, path)
-            elif isinstance(part, ast.Constant) and part.value in self.modules:
-                self.enter(part.value, main=True)  # run by another process
-        for part in ast.walk(node):
-            if isinstance(part, ast.Name) and part not in bases:
-                self._name(module, local, part.id, [])
-
-    def _name(self, module: _Module, local: dict[str, tuple[str, str]], name: str, path: list[str]) -> None:
-        if name in local:
-            self._resolve(*local[name], path)
-        elif name in module.definitions or name in module.imports:
-            if name in module.imports and name not in module.definitions:
-                self._resolve(*module.imports[name], path)
-            else:
+    def _reach(self, key: str, module: _Module, node: ast.stmt) -> None:
+        facts = module.facts(node)
+        if facts.text in self.found.get(key, ""):
+            return
+        self.found[key] = self.found.get(key, "") + facts.text
+        self.attributes |= facts.attributes
+        self._import(facts.imports)
+        for text in facts.texts & self.files.keys():
+            self.enter(text, main=True)
+        for name, path in facts.names:
+            if name in facts.imports:
+                self._resolve(*facts.imports[name], path)
+            elif name in module.definitions:
                 self.define(module.name, name)
+            elif name in module.imports:
+                self._resolve(*module.imports[name], path)
 
-    def _resolve(self, module: str, name: str, path: list[str] | None = None) -> None:
+    def _resolve(self, module: str, name: str, path: tuple[str, ...] = ()) -> None:
         """Reach what an import gives, or where it gives a module, the attribute that is taken of it."""
-        steps = [*([name] if name else []), *(path or [])]
-        while steps and f"{module}.{steps[0]}" in self.modules:
+        steps = [*([name] if name else []), *path]
+        while steps and f"{module}.{steps[0]}" in self.files:
             module = f"{module}.{steps.pop(0)}"
         if steps:
             self.define(module, steps[0])
         else:  # the module itself goes somewhere
-            for known in self.modules[module].definitions:
+            for known in self.at(module).definitions:
                 self.define(module, known)

@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from moeits.kept import Kept
-from moeits.machine.paths import CACHE, whole
+from moeits.machine.keys import code_digest, digest, versions
+from moeits.machine.paths import CACHE, check_writable, whole
 from moeits.machine.spread import unordered
 from moeits.models.card import read_card
 from moeits.models.families import MoELayer, moe_layers, router_dimension, sizes
@@ -41,7 +42,6 @@ from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_t
 from moeits.models.surgery import complete, compose, pruned_settings, warn_of_top_k
 from moeits.nmi import PRESETS, nmi_matrix
 from moeits.selection import check_budget
-from moeits.study import records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -377,11 +377,11 @@ def measure_nmi(
         "fingerprint": fingerprint(folder),
         "bins": chosen.bins if bins is None else bins,
         "projection_weights": chosen.projection_weights(kind),
-        "source": records.source_digest(
-            ("nmi", "histograms", "models/checkpoint", "models/safetensors", "models/families")
-        ),
+        "code": code_digest(expert_blocks, _layer_nmi),
+        "versions": versions(),
     }
-    done = CACHE / "nmi" / f"layers-{records.digest(settings)}"
+    done = CACHE / "nmi" / f"layers-{digest(settings)}"
+    check_writable(done)
     files = {layer: done / f"{layer}.npy" for layer in blocks}
     todo = [block for layer, block in blocks.items() if not files[layer].exists()]
 
@@ -391,7 +391,7 @@ def measure_nmi(
     results = unordered(tasks, backend, **backend_options)
     already = len(blocks) - len(todo)
     for layer, R in tqdm(results, "NMI", len(blocks), initial=already, unit="layer", disable=not progress):
-        with whole(files[layer]) as part, part.open("wb") as stream:
+        with whole(files[layer], once=True) as part, part.open("wb") as stream:
             np.save(stream, R)
     settings |= {
         "model": _name(folder),

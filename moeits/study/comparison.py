@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -24,9 +24,13 @@ from moeits import criteria, evaluation
 from moeits.criteria.controls import subsets
 from moeits.criteria.folder import ORACLE_TOKENS
 from moeits.criteria.router import evenness
+from moeits.errors import BudgetError
 from moeits.machine import devices
+from moeits.machine.keys import by_value, digest
 from moeits.machine.paths import CACHE
 from moeits.study import cost, records
+from moeits.study.measurement import Measurement
+from moeits.study.measurement import found as found_of
 from moeits.study.pipeline import Step, Study
 from moeits.study.profiles import HEALINGS, Profile
 from moeits.study.records import Record
@@ -74,29 +78,6 @@ INT8_SHARE = 0.5
 
 Budget = float | str
 
-_SOURCES = (
-    "study/comparison",
-    "evaluation/__init__",
-    "corpus",
-    "machine/devices",
-    "models/families",
-    "models/surgery",
-    "models/folder",
-    "selection",
-    "kept",
-)
-_FINAL_SOURCES = (*_SOURCES, "evaluation/shared_prefix", "models/unstack", "healing/lora", "healing/refit")
-_STATISTICS_SOURCES = ("criteria/base", "criteria/statistics", "corpus", "machine/devices", "models/families")
-_ORACLE_SOURCES = (*_SOURCES, "criteria/base", "criteria/controls", "criteria/reconstruction")
-_SPEED_SOURCES = (
-    "study/cost",
-    "models/families",
-    "models/surgery",
-    "models/folder",
-    "models/unstack",
-    "criteria/compression",
-)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -128,6 +109,7 @@ class Comparison:
             for label in (_draws(self.profile, DRAWS) if name == "random" else [name])
         ]
 
+    @by_value
     def statistics(self, text: str) -> "dict[int, Statistics]":
         """Statistics of the calibration text or of random tokens, gathered once.
 
@@ -140,20 +122,15 @@ class Comparison:
 
         if text not in self._known:
             _ = self.statistics_record(text)
-            if not self._statistics_file(text).exists():
+            file = self._statistics_file(text)
+            if not file.exists():
                 self._gather(text)
-            self._known[text] = read_statistics(self._statistics_file(text))[0]
+            self._known[text] = read_statistics(file)[0]
         return self._known[text]
 
     def statistics_record(self, text: str) -> Record:
         """Record of the pass over a text: its tokens, and the seconds it took."""
-        return records.remember(
-            self.study.records,
-            "statistics",
-            self._statistics_inputs(text),
-            lambda: self._gather(text),
-            provenance=self._place,
-        )
+        return self._statistics(text).record()
 
     def pass_seconds(self, method: str) -> float:
         """Seconds of the pass over the text that a method reads; 0 if it reads none."""
@@ -177,22 +154,35 @@ class Comparison:
             Bits per byte, perplexity, bytes of the routed experts, and the cost of the selection. Where the
             method cannot meet the budget there are no rows, and ``details["impossible"]`` says why.
         """
-        return records.remember(
-            self.study.records,
-            "rival",
-            self._inputs(method, budget),
-            lambda: self._measure(method, budget),
-            provenance=self._place,
-        )
+        return self._cell(method, budget).record()
 
-    def found(self) -> list[Record]:
-        """Cells of this model, as the settings are now, that were measured before."""
-        asked = [(WHOLE, 1.0), *((method, budget) for method in self.methods for budget in BUDGETS)]
-        return [
-            self.cell(method, budget)
-            for method, budget in asked
-            if records.exists(self.study.records, "rival", self._inputs(method, budget))
-        ]
+    def measurements(self, step: str) -> list[Measurement]:
+        """List all measurements of a kind that can be taken of this model, as the settings are now.
+
+        Parameters
+        ----------
+        step : {"rival", "final", "oracle", "speed", "statistics"}
+            Step of the records.
+        """
+        match step:
+            case "rival":
+                return [
+                    self._cell(WHOLE, 1.0),
+                    *(self._cell(method, budget) for method, budget in product(self.methods, BUDGETS)),
+                ]
+            case "final":
+                ways = [None, *filter(self.profile.can_heal, HEALINGS)]
+                return [self._final(*one) for one in [(WHOLE, None), *product(self.methods, ways)]]
+            case "oracle":
+                return [self._oracle]
+            case "speed":
+                return [self._speed(*form) for form in self.forms]
+            case _:
+                return [self._statistics(text) for text in ("calibration", "random")]
+
+    def found(self, step: str = "rival") -> list[Record]:
+        """Find the :meth:`measurements` of a kind that were taken before."""
+        return found_of(self.measurements(step))
 
     def final(self, method: str, way: str | None = None) -> Record:
         """Score a method at the budget of the finalists on the benchmarks too, or find it scored.
@@ -211,22 +201,7 @@ class Comparison:
             Bits per byte and perplexity of the held-out text, the benchmarks' scores, and in the details the
             answers by question.
         """
-        return records.remember(
-            self.study.records,
-            "final",
-            self._final_inputs(method, way),
-            lambda: self._measure_final(method, way),
-            provenance=self._place,
-        )
-
-    def finals_found(self) -> list[Record]:
-        """Find the finals of this model that were measured before, as the settings are now."""
-        ways = [None, *filter(self.profile.can_heal, HEALINGS)]
-        return [
-            self.final(method, way)
-            for method, way in [(WHOLE, None), *product(self.methods, ways)]
-            if records.exists(self.study.records, "final", self._final_inputs(method, way))
-        ]
+        return self._final(method, way).record()
 
     def oracle(self) -> Record:
         """Try every subset of half of the experts in a few layers, one layer at a time, or find it done.
@@ -239,14 +214,7 @@ class Comparison:
             the loss of each in every block of text, and the error of the layer's output. Where a layer has
             too many subsets there are no rows, and ``details["impossible"]`` says so.
         """
-        return records.remember(
-            self.study.records, "oracle", self._oracle_inputs(), self._try_subsets, provenance=self._place
-        )
-
-    def oracle_found(self) -> Record | None:
-        """Find what :meth:`oracle` has measured as the settings are now, if it has."""
-        known = records.exists(self.study.records, "oracle", self._oracle_inputs())
-        return self.oracle() if known else None
+        return self._oracle.record()
 
     def speed(self, form: str, share: float) -> Record:
         """Time a form of the model, or find it timed.
@@ -263,13 +231,7 @@ class Comparison:
         Record
             Tokens per second of reading and writing, and memory.
         """
-        return records.remember(
-            self.study.records,
-            "speed",
-            self._speed_inputs(form, share),
-            lambda: self._time(form, share),
-            provenance=self._place,
-        )
+        return self._speed(form, share).record()
 
     @property
     def forms(self) -> list[tuple[str, float]]:
@@ -278,23 +240,8 @@ class Comparison:
         once = {"whole": [1.0], "int8": [INT8_SHARE] if self._place["device"] == "cpu" else []}
         return [(form, share) for form in FORMATS for share in once.get(form, shares)]
 
-    def statistics_found(self) -> list[Record]:
-        """Find the passes over texts that were made before, as the settings are now."""
-        return [
-            self.statistics_record(text)
-            for text in ("calibration", "random")
-            if records.exists(self.study.records, "statistics", self._statistics_inputs(text))
-        ]
-
-    def speeds_found(self) -> list[Record]:
-        """Find the forms that were timed before, as the settings are now."""
-        return [
-            self.speed(*form)
-            for form in self.forms
-            if records.exists(self.study.records, "speed", self._speed_inputs(*form))
-        ]
-
     @cached_property
+    @by_value
     def counts(self) -> dict[int, int]:
         """Experts that MoEITS keeps in each layer at the model's own tau."""
         tau = self.profile.model(self.name).tau
@@ -310,20 +257,20 @@ class Comparison:
             "seed": self.profile.seed,
         }
 
-    def _statistics_inputs(self, text: str) -> dict[str, Any]:
-        return {
+    @by_value
+    def _statistics(self, text: str) -> Measurement:
+        inputs = {
             "text": text,
             "seed": self.profile.seed if text == "random" else None,
-            "fingerprint": self.study.fingerprint,
             "calibration_tokens": self.profile.calibration_tokens,
             "device": self._place["device"],
             "dtype": self._place["dtype"],
-            "source": records.source_digest(_STATISTICS_SOURCES),
-            "lock": records.lock_digest(),
         }
+        measure = partial(self._gather, text)
+        return self.study.measurement("statistics", inputs, measure, **self._place)
 
     def _statistics_file(self, text: str) -> Path:
-        return CACHE / "statistics" / f"{records.digest(self._statistics_inputs(text))}.npz"
+        return CACHE / "statistics" / f"{self._statistics(text).key}.npz"
 
     def _gather(self, text: str) -> tuple[list[dict], dict]:
         from moeits import corpus
@@ -335,7 +282,7 @@ class Comparison:
         else:
             blocks = corpus.blocks(text, self._tokenizer, tokens=tokens)
         found = gather(model, blocks, batch_size=self.profile.batch_size)
-        write_statistics(self._statistics_file(text), found, self._statistics_inputs(text))
+        write_statistics(self._statistics_file(text), found, dict(self._statistics(text).inputs))
         even = {str(number): evenness(known.gates) for number, known in found.items()}
         row = partial(records.row, model=self.name, method="statistics", task=text, unit="1", n=len(blocks))
         mean = float(np.mean(list(even.values())))
@@ -351,41 +298,47 @@ class Comparison:
     def _known(self) -> "dict[str, dict[int, Statistics]]":
         return {}
 
-    def _of_model(self, sources: Sequence[str]) -> dict[str, Any]:
-        """Name what every record of this model depends on; `sources` are modules."""
-        return self._place | {
-            "model": self.name,
-            "fingerprint": self.study.fingerprint,
-            "source": records.source_digest(sources),
-            "lock": records.lock_digest(),
-        }
+    @by_value
+    def _cell(self, method: str, budget: Budget) -> Measurement:
+        """Make the measurement of :meth:`cell`."""
+        return self._of_method("rival", method, budget, {}, partial(self._measure, method, budget))
 
-    def _inputs(self, method: str, budget: Budget) -> dict[str, Any]:
-        inputs = self._of_model(_SOURCES) | {
+    def _of_method(
+        self, step: str, method: str, budget: Budget, more: Mapping[str, Any], measure: Callable
+    ) -> Measurement:
+        inputs = self._place | {
             "method": method,
             "budget": budget,
             "counts": {str(layer): count for layer, count in self.counts.items()} if budget == OWN else None,
             "heldout_tokens": self.profile.heldout_tokens,
             "statistics": None,
         }
+        on, code = {}, ()
         if method != WHOLE:
             criterion = criteria.criterion(method.split()[0])
-            inputs["criterion"] = criterion.functions
-            inputs["criterion source"] = records.source_digest(criterion.modules)
+            on["criterion"] = criterion.functions
+            code = (criteria.Criterion.keep, criteria.Criterion.apply, *criterion.parts)
             if text := _text(method):
-                inputs["statistics"] = records.digest(self._statistics_inputs(text))
-        return inputs
+                statistics = self._statistics(text)
+                inputs["statistics"] = statistics.identity
+                on["statistics"] = statistics.key
+        return self.study.measurement(step, inputs | more, measure, on=on, code=code, **self._place)
 
     @property
     def _oracle_tokens(self) -> int:
         return min(ORACLE_TOKENS, self.profile.calibration_tokens)
 
-    def _oracle_inputs(self) -> dict[str, Any]:
-        return self._of_model(_ORACLE_SOURCES) | {
+    @property
+    @by_value
+    def _oracle(self) -> Measurement:
+        statistics = self._statistics("calibration")
+        inputs = self._place | {
             "layers": ORACLE_LAYERS,
             "tokens": self._oracle_tokens,
-            "statistics": records.digest(self._statistics_inputs("calibration")),
+            "statistics": statistics.identity,
         }
+        on = {"statistics": statistics.key}
+        return self.study.measurement("oracle", inputs, self._try_subsets, on=on, **self._place)
 
     def _try_subsets(self) -> tuple[list[dict], dict]:
         from moeits import corpus
@@ -398,7 +351,7 @@ class Comparison:
         layers = {number: replace(self._layers[number], calibration=known[number]) for number in chosen}
         try:
             tried = {number: subsets(layer, layer.experts // 2) for number, layer in layers.items()}
-        except ValueError as error:
+        except BudgetError as error:
             return [], {"impossible": str(error)}
         blocks = corpus.blocks("calibration", self._tokenizer, length=128, tokens=self._oracle_tokens)
         model = self.study.load()
@@ -428,8 +381,10 @@ class Comparison:
             }
         return rows, {"layers": details, "whole": np.round(whole, 6).tolist()}
 
-    def _speed_inputs(self, form: str, share: float) -> dict[str, Any]:
-        return self._of_model(_SPEED_SOURCES) | {"form": form, "share": share}
+    @by_value
+    def _speed(self, form: str, share: float) -> Measurement:
+        inputs = self._place | {"form": form, "share": share}
+        return self.study.measurement("speed", inputs, partial(self._time, form, share), **self._place)
 
     def _time(self, form: str, share: float) -> tuple[list[dict], dict]:
         kept = {n: range(count) for n, count in criteria.base.uniform(self._layers, share).items()}
@@ -461,21 +416,23 @@ class Comparison:
 
         return AutoTokenizer.from_pretrained(self.study.folder)
 
-    def _final_inputs(self, method: str, way: str | None) -> dict[str, Any]:
-        profile, way = self.profile, way or ""
-        return self._inputs(method, 1.0 if method == WHOLE else FINAL) | {
-            "way": way or None,
-            "recipe": profile.healing.model_dump() if "lora" in way and profile.healing else None,
-            "refit_tokens": profile.refit_tokens if "refit" in way else None,
+    @by_value
+    def _final(self, method: str, way: str | None) -> Measurement:
+        profile = self.profile
+        more = {
+            "way": way,
+            "recipe": profile.healing.model_dump() if way and "lora" in way and profile.healing else None,
+            "refit_tokens": profile.refit_tokens if way and "refit" in way else None,
             "tasks": profile.tasks,
             "questions": profile.questions,
             "shots": profile.shots,
             "documents": profile.documents,
-            "source": records.source_digest(_FINAL_SOURCES),
         }
+        budget = 1.0 if method == WHOLE else FINAL
+        return self._of_method("final", method, budget, more, partial(self._measure_final, method, way))
 
     def _choose(self, method: str, budget: Budget) -> "_Choice":
-        """Apply a criterion to every layer; a ValueError says why it cannot meet the budget."""
+        """Apply a criterion to every layer; a BudgetError says why it cannot meet the budget."""
         if method == WHOLE:
             return _Choice()
         name, _, draw = method.partition(" ")
@@ -529,7 +486,7 @@ class Comparison:
     def _measure(self, method: str, budget: Budget) -> tuple[list[dict], dict]:
         try:
             choice = self._choose(method, budget)
-        except ValueError as error:
+        except BudgetError as error:
             return [], {"impossible": str(error)}
         details = self._as_chosen(choice)
         rows = _text_rows(details)
@@ -588,14 +545,17 @@ class Comparison:
 
     def _as_chosen(self, choice: "_Choice", model: "nn.Module | None" = None) -> dict[str, Any]:
         """Measure the held-out text with what a choice leaves; the same experts are measured once."""
-
-        def measure() -> dict[str, Any]:
-            return self._heldout(self._model(choice) if model is None else model)
-
         if choice.blocks:
-            return measure()
-        inputs = self._inputs(WHOLE, 1.0) | {"kept": self._who_stays(choice)["kept"]}
-        return records.remember(CACHE / "heldout", "heldout", inputs, lambda: ([], measure())).details
+            return self._heldout(self._model(choice) if model is None else model)
+        asked = dict(self._cell(WHOLE, 1.0).inputs) | {"kept": self._who_stays(choice)["kept"]}
+        measure = partial(self._measure_heldout, choice, model)
+        heldout = self.study.measurement("heldout", asked, measure)
+        return replace(heldout, folder=CACHE / "heldout").record().details
+
+    def _measure_heldout(
+        self, choice: "_Choice", model: "nn.Module | None"
+    ) -> tuple[list[dict], dict[str, Any]]:
+        return [], self._heldout(self._model(choice) if model is None else model)
 
     def _heldout(self, model: "nn.Module") -> dict[str, Any]:
         """Negative log-likelihood, predicted tokens and their bytes of every block of the held-out text."""
@@ -688,7 +648,7 @@ def steps(
                     continue
                 # With the numbers of experts given, what differs by their spread alone is one method.
                 functions = criteria.criterion(method.split()[0]).functions[:3]
-                first = same.setdefault(records.digest([functions, method.split()[1:]]), method)
+                first = same.setdefault(digest([functions, method.split()[1:]]), method)
                 if budget == OWN and first != method:
                     continue
                 yield Step(

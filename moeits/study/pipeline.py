@@ -1,11 +1,11 @@
-"""The study of a model: each step remembered by the hash of its inputs."""
+"""The study of a model: each of its measurements is taken once."""
 
 import gc
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -17,10 +17,12 @@ import numpy as np
 
 from moeits.healing.recipe import Recipe
 from moeits.machine import devices
-from moeits.machine.paths import CACHE, DATA
+from moeits.machine.keys import by_value, code_digest, digest, versions
+from moeits.machine.paths import CACHE, DATA, whole
 from moeits.machine.spread import unordered
 from moeits.selection import Selection, select_layers
 from moeits.study import records
+from moeits.study.measurement import Measurement
 from moeits.study.profiles import HEALINGS, Profile, Protocol
 from moeits.study.records import Record
 
@@ -28,36 +30,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 DENSE = "dense"
-
-# The modules whose source a step's result depends on.
-_SOURCES = {
-    "miniature": ("study/miniature", "healing/refit", "corpus", "machine/devices"),
-    "nmi": ("nmi", "histograms", "models/checkpoint", "models/safetensors", "models/families"),
-    "scores": (
-        *("evaluation/__init__", "evaluation/shared_prefix", "corpus", "machine/devices"),
-        *("models/families", "models/surgery", "models/folder", "selection", "kept", "models/unstack"),
-    ),
-    "green": (
-        "study/cost",
-        "machine/energy",
-        "models/families",
-        "models/surgery",
-        "models/folder",
-        "models/unstack",
-    ),
-    "healing": (
-        "healing/lora",
-        "healing/refit",
-        "models/unstack",
-        "corpus",
-        "machine/devices",
-        "models/families",
-        "models/surgery",
-        "models/folder",
-        "selection",
-        "kept",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -94,22 +66,20 @@ class Study:
         return self.profile.model(self.name).source
 
     @cached_property
+    @by_value
     def folder(self) -> Path:
         """Folder of the whole model's checkpoint: built, downloaded or as given."""
         kind, _, rest = self.source.partition(":")
         if kind == "miniature":
-            asked = {"tokens": self.profile.carving_tokens, "layers": self.profile.carving_layers}
-            made_of = {
-                "name": rest,
-                **asked,
-                "source": _source("miniature"),
-                "lock": records.lock_digest(),
-            }
-            folder = CACHE / "miniature" / f"{rest}-{records.digest(made_of)}"
+            code = code_digest("moeits.study.miniature:build")
+            key = digest([self.checkpoint, code, versions()])
+            folder = CACHE / "miniature" / f"{rest}-{key}"
             if not folder.exists():
                 from moeits.study import miniature
 
-                miniature.build(rest, folder, **asked)
+                asked = {"tokens": self.profile.carving_tokens, "layers": self.profile.carving_layers}
+                with whole(folder, once=True) as part:
+                    miniature.build(rest, part, **asked)
             return folder
         if kind == "hub":
             from moeits.models import hub
@@ -127,29 +97,73 @@ class Study:
         """What the maker of a laptop model says of it: layout, shares, perplexities."""
         return json.loads((self.folder / "miniature.json").read_text())
 
+    @property
+    def checkpoint(self) -> str | dict[str, Any]:
+        """What a laptop model is made of, the same on every machine; of others the fingerprint."""
+        kind, _, rest = self.source.partition(":")
+        if kind != "miniature":
+            return self.fingerprint
+        return {"made": rest, "tokens": self.profile.carving_tokens, "layers": self.profile.carving_layers}
+
     @cached_property
+    @by_value
     def fingerprint(self) -> str:
         """Fingerprint of the checkpoint."""
         from moeits.models.safetensors import fingerprint
 
         return fingerprint(self.folder)
 
-    @cached_property
-    def nmi(self) -> Record:
-        """Record of the NMI: mean, IQR and extremes of every layer, seconds."""
-        return self._remember("nmi", self._nmi_inputs, self._measure_nmi)
+    def measurement(
+        self,
+        step: str,
+        inputs: Mapping[str, Any],
+        measure: Callable[[], tuple[list[dict], dict]],
+        *,
+        on: Mapping[str, str] | None = None,
+        code: tuple[Callable, ...] = (),
+        **provenance: Any,
+    ) -> Measurement:
+        """Make a measurement of this model.
+
+        Parameters
+        ----------
+        step, inputs, measure, code
+            As of :class:`Measurement`; the inputs without the model.
+        on : mapping of str to str, optional
+            Keys of the measurements that it builds on, beside the model's weights.
+        **provenance
+            Facts about the run.
+        """
+        if self.source.startswith("hub:"):
+            provenance["revision"] = self.folder.name
+        asked = {"model": self.name, "checkpoint": self.checkpoint, **inputs}
+        built_on = {"fingerprint": self.fingerprint, **(on or {})}
+        return Measurement(self.records, step, asked, measure, built_on, code, provenance)
 
     @property
+    def _nmi(self) -> Measurement:
+        return self.measurement("nmi", {"preset": self.profile.preset}, self._measure_nmi)
+
+    @cached_property
+    @by_value
+    def nmi(self) -> Record:
+        """Record of the NMI: mean, IQR and extremes of every layer, seconds."""
+        return self._nmi.record()
+
+    @property
+    @by_value
     def matrices(self) -> dict[int, np.ndarray]:
         """NMI matrix of every Mixture-of-Experts layer, shape (E, E), by the profile's preset."""
         return self._measured[0]
 
+    @by_value
     def selections(self, tau: float) -> dict[int, Selection]:
         """Kept and removed experts of every layer at one tau."""
         matrices, made_by = self._measured
         options = {"diagonal": made_by["diagonal"], "at_least": made_by["minimum"]}
         return select_layers(matrices, tau=tau, **options, groups=made_by.get("groups", 1))[1]
 
+    @by_value
     def scores(self, tau: float | None = None) -> Record:
         """Record of the sizes, the held-out perplexity and the benchmark scores at one tau, unhealed.
 
@@ -158,9 +172,9 @@ class Study:
         tau : float, optional
             Intensity; without it the whole model is measured.
         """
-        kept = None if tau is None else self._kept(tau)
-        return self._scores("whole" if kept is None else "moeits", tau, kept, self.profile.tasks)
+        return self._scores(tau).record()
 
+    @by_value
     def _kept(self, tau: float) -> dict[int, list[int]]:
         return {layer: list(chosen.kept) for layer, chosen in self.selections(tau).items()}
 
@@ -176,10 +190,9 @@ class Study:
         wanted = [(tau, way, 0) for tau, way in self.healings]
         ways, seeds = filter(self.profile.can_heal, HEALINGS), range(self.profile.ablation_seeds)
         others = [at for at in product(self.ablation_taus, ways, seeds) if at not in wanted]
-        return wanted + [
-            at for at in others if records.exists(self.records, "healing", self._healing_inputs(*at))
-        ]
+        return wanted + [at for at in others if self._healing(*at).exists()]
 
+    @by_value
     def healing(self, tau: float, way: str, seed: int = 0) -> Record:
         """Record of a healing: seconds and, layer by layer or step by step, what it reached.
 
@@ -192,9 +205,9 @@ class Study:
         seed : int
             Is added to the recipe's seed.
         """
-        inputs = self._healing_inputs(tau, way, seed)
-        return self._remember("healing", inputs, lambda: self._heal(tau, way, seed))
+        return self._healing(tau, way, seed).record()
 
+    @by_value
     def healed_scores(self, tau: float, way: str, seed: int = 0) -> Record:
         """Record of the scores of the model pruned at `tau` and healed.
 
@@ -203,8 +216,9 @@ class Study:
         tau, way, seed
             As in :meth:`healing`.
         """
-        return self._scores(way, tau, self._kept(tau), self.profile.tasks, healed_with=seed)
+        return self._scores(tau, way, seed).record()
 
+    @by_value
     def protocol_scores(self, protocol: Protocol, tau: float | None = None, way: str | None = None) -> Record:
         """Record of the scores by another protocol, with the questions of the profile.
 
@@ -217,10 +231,7 @@ class Study:
         way : str, optional
             How the pruned model is healed, as in :meth:`healing`; not at all by default.
         """
-        kept = None if tau is None else self._kept(tau)
-        method = way or ("whole" if tau is None else "moeits")
-        healed = None if way is None else 0
-        return self._scores(method, tau, kept, self.profile.tasks, healed_with=healed, protocol=protocol)
+        return self._scores(tau, way, protocol=protocol).record()
 
     @property
     def protocol_states(self) -> list[tuple[float | None, str | None]]:
@@ -234,29 +245,35 @@ class Study:
             return None
         return recipe.model_copy(update={"seed": recipe.seed + seed})
 
-    def _healing_inputs(self, tau: float, way: str, seed: int = 0) -> dict[str, Any]:
+    @by_value
+    def _healing(self, tau: float, way: str, seed: int = 0) -> Measurement:
         if way not in HEALINGS:
             raise ValueError(f"no way to heal is called {way!r}: there are {', '.join(HEALINGS)}")
         if "lora" in way and self.profile.healing is None:
             raise ValueError(f"profile {self.profile.name!r} has no settings of healing")
         if "refit" in way and not self.profile.refit_tokens:
             raise ValueError(f"profile {self.profile.name!r} has no refit_tokens")
-        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
         recipe = self._recipe(way, seed)
-        return {
-            "fingerprint": self.fingerprint,
-            "kept": {str(layer): ids for layer, ids in self._kept(tau).items()},
+        inputs = self._place | {
+            "kept": _as_json(self._kept(tau)),
             "way": way,
             "recipe": recipe and recipe.model_dump(),
             "refit_tokens": self.profile.refit_tokens if "refit" in way else None,
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "source": _source("healing"),
-            "lock": records.lock_digest(),
         }
+        return self.measurement("healing", inputs, partial(self._heal, tau, way, seed))
 
+    @property
+    def _place(self) -> dict[str, Any]:
+        device, dtype, _ = devices.choose(self.profile.device, self.profile.dtype)
+        return {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+
+    @by_value
     def _healed_folder(self, tau: float, way: str, seed: int) -> Path:
-        return CACHE / "healed" / f"{self.name}-{records.digest(self._healing_inputs(tau, way, seed))}"
+        """Folder of the healed model, which is healed again where it was lost."""
+        folder = CACHE / "healed" / f"{self.name}-{self._healing(tau, way, seed).key}"
+        if not folder.exists():
+            self._heal(tau, way, seed)
+        return folder
 
     def _heal(self, tau: float, way: str, seed: int) -> tuple[list[dict], dict]:
         """Prune, heal and save the model in the cache; return rows and details of its record."""
@@ -266,7 +283,7 @@ class Study:
         from moeits.healing.lora import restore
         from moeits.models.folder import save_model
 
-        folder = self._healed_folder(tau, way, seed)
+        folder = CACHE / "healed" / f"{self.name}-{self._healing(tau, way, seed).key}"
         # With another number of threads a refit ends in other last digits, and the training goes another way.
         work = folder.with_name(f"{folder.name}-{torch.get_num_threads()}.work")
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -280,8 +297,8 @@ class Study:
             recipe=self._recipe(way, seed),
             progress=True,
         )
-        if not folder.exists():
-            save_model(model, folder, tokenizer=tokenizer)
+        with whole(folder, once=True) as part:
+            save_model(model, part, tokenizer=tokenizer)
         shutil.rmtree(work, ignore_errors=True)
         common = {"model": self.name, "method": way, "tau": tau}
         rows = [
@@ -296,53 +313,46 @@ class Study:
             rows.append(records.row(**common, task="lora", metric="training text", **tokens))
         return rows, details
 
+    @by_value
     def green(self) -> Record:
         """Record of what the model costs at its own tau: memory, bytes, speed, energy, by variant."""
         from moeits.study.cost import VARIANTS
 
-        profile = self.profile
-        tau = profile.model(self.name).tau
-        device, dtype, _ = devices.choose(profile.device, profile.dtype)
-        settings = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-        kept = self._kept(tau)
-        inputs = settings | {
-            "fingerprint": self.fingerprint,
-            "kept": {str(layer): ids for layer, ids in kept.items()},
-            "variants": [name for name in VARIANTS if name != "int8" or device.type == "cpu"],
-            "source": _source("green"),
-            "lock": records.lock_digest(),
+        kept = self._kept(self.profile.model(self.name).tau)
+        inputs = self._place | {
+            "kept": _as_json(kept),
+            "variants": [name for name in VARIANTS if name != "int8" or self._place["device"] == "cpu"],
         }
+        measure = partial(self._measure_costs, kept, inputs["variants"])
+        return self.measurement("green", inputs, measure, **self._place).record()
 
-        def measure() -> tuple[list[dict], dict]:
-            from moeits.study.cost import compare_costs
+    def _measure_costs(self, kept: dict[int, list[int]], variants: list[str]) -> tuple[list[dict], dict]:
+        from moeits.study.cost import compare_costs
 
-            found = compare_costs(self.folder, kept, variants=inputs["variants"], **settings)
-            units = {
-                "file_bytes": "bytes",
-                "memory_bytes": "bytes",
-                "multiply_adds": "1/token",
-                "prefill": "token/s",
-                "decode": "token/s",
-                "joules": "J/token",
-                "surgery": "s",
-            }
-            rows = [
-                records.row(
-                    model=self.name,
-                    method=costs["variant"],
-                    tau=tau,
-                    metric=metric,
-                    value=costs[metric],
-                    unit=unit,
-                    stderr=costs.get(f"{metric}_stderr"),
-                )
-                for costs in found
-                for metric, unit in units.items()
-                if costs[metric] is not None
-            ]
-            return rows, {}
-
-        return self._remember("green", inputs, measure, **settings)
+        units = {
+            "file_bytes": "bytes",
+            "memory_bytes": "bytes",
+            "multiply_adds": "1/token",
+            "prefill": "token/s",
+            "decode": "token/s",
+            "joules": "J/token",
+            "surgery": "s",
+        }
+        rows = [
+            records.row(
+                model=self.name,
+                method=costs["variant"],
+                tau=self.profile.model(self.name).tau,
+                metric=metric,
+                value=costs[metric],
+                unit=unit,
+                stderr=costs.get(f"{metric}_stderr"),
+            )
+            for costs in compare_costs(self.folder, kept, variants=variants, **self._place)
+            for metric, unit in units.items()
+            if costs[metric] is not None
+        ]
+        return rows, {}
 
     def load(self, folder: Path | None = None) -> "nn.Module":
         """Load the model, or that of another folder, as it is scored."""
@@ -353,11 +363,13 @@ class Study:
             return load_model(folder or self.folder, dtype=dtype, device_map=self.profile.device_map)
         return load_model(folder or self.folder, dtype=dtype, device=device)
 
-    def _pruned(self, kept: dict[int, list[int]]) -> "nn.Module":
-        """Load the model without the experts that go."""
+    def _pruned(self, kept: dict[int, list[int]] | None) -> "nn.Module":
+        """Load the model without the experts that go; with None, unpruned."""
         from moeits.models.checkpoint import prune_checkpoint
         from moeits.models.surgery import prune_model
 
+        if kept is None:
+            return self.load()
         if not self.profile.device_map:
             return prune_model(self.load(), kept)
         # What lies outside the GPU cannot be cut in memory.
@@ -379,12 +391,8 @@ class Study:
 
         Taus of the ablation come along where they were measured before.
         """
-        found = [
-            tau
-            for tau in self.ablation_taus
-            if tau in self.taus or records.exists(self.records, "scores", self._scores_inputs("moeits", tau))
-        ]
-        return [self.scores(), *map(self.scores, found)]
+        taus = [tau for tau in self.ablation_taus if tau in self.taus or self._scores(tau).exists()]
+        return [self.scores(), *map(self.scores, taus)]
 
     def controls(self, tau: float) -> list[Record]:
         """Measure the held-out perplexity with as many experts per layer as at `tau`, but random ones.
@@ -395,35 +403,22 @@ class Study:
             Intensity, which sets the number of experts of every layer.
         """
         counts = {layer: len(chosen.kept) for layer, chosen in self.selections(tau).items()}
-        found = []
+        measured = []
         for draw in range(self.profile.random_draws):
             rng = np.random.default_rng([self.profile.seed, draw])
             kept = {
                 layer: sorted(rng.choice(len(self.matrices[layer]), count, replace=False).tolist())
                 for layer, count in counts.items()
             }
-            found.append(self._scores(f"random {draw}", tau, kept, []))
-        return found
-
-    def _remember(self, step: str, inputs: dict, measure: Callable, **provenance: Any) -> Record:
-        if self.source.startswith("hub:"):
-            provenance["revision"] = self.folder.name
-        return records.remember(self.records, step, inputs, measure, provenance=provenance)
-
-    @property
-    def _nmi_inputs(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.fingerprint,
-            "preset": self.profile.preset,
-            "source": _source("nmi"),
-            "lock": records.lock_digest(),
-        }
+            measured.append(self._scores(tau, kept=kept, method=f"random {draw}", tasks=[]).record())
+        return measured
 
     @property
     def _matrices_file(self) -> Path:
-        return CACHE / "nmi" / f"{records.digest(self._nmi_inputs)}.npz"
+        return CACHE / "nmi" / f"{self._nmi.key}.npz"
 
     @cached_property
+    @by_value
     def _measured(self) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
         """The NMI matrices, and what made them: diagonal, fewest experts per layer, ..."""
         from moeits.nmi import read_matrices
@@ -464,110 +459,89 @@ class Study:
         at_page = self.name == DENSE or tau in (None, self.profile.model(self.name).tau)
         return (self.profile.questions_at_page_tau if at_page else None) or self.profile.questions
 
-    def _scores_inputs(
+    @by_value
+    def _scores(
         self,
-        method: str,
-        tau: float | None,
+        tau: float | None = None,
+        way: str | None = None,
+        seed: int = 0,
+        *,
+        method: str | None = None,
         kept: dict[int, list[int]] | None = None,
         tasks: list[str] | None = None,
-        *,
-        healed_with: int | None = None,
         protocol: Protocol | None = None,
-    ) -> dict[str, Any]:
-        """All that a score depends on; by default that of the model pruned at `tau` on all benchmarks."""
+    ) -> Measurement:
+        """Scores of a model: unpruned, pruned at `tau` or to `kept`, or healed with a seed.
+
+        By another protocol on the benchmarks alone.
+        """
         profile = self.profile
         kept = self._kept(tau) if kept is None and tau is not None else kept
-        tasks = profile.tasks if tasks is None else tasks
-        device, dtype, _ = devices.choose(profile.device, profile.dtype)
-        return {
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "batch_size": profile.batch_size,
-            "seed": profile.seed,
-            "model": self.name,
-            "fingerprint": self.fingerprint,
-            "method": method,
+        settings = self._place | {"batch_size": profile.batch_size, "seed": profile.seed}
+        inputs = settings | {
+            "method": method or way or ("whole" if tau is None else "moeits"),
             "tau": tau,
-            "kept": None if kept is None else {str(layer): ids for layer, ids in kept.items()},
-            "tasks": tasks,
+            "kept": kept and _as_json(kept),
+            "tasks": profile.tasks if tasks is None else tasks,
             "questions": profile.questions if protocol else self._questions(tau),
             "shots": protocol.shots if protocol else profile.shots,
             "documents": profile.documents,
             "heldout_tokens": None if protocol else profile.heldout_tokens,
             **({"chat_template": protocol.chat_template} if protocol else {}),
-            **({} if healed_with is None else self._healed(tau, method, healed_with)),
-            "source": _source("scores"),
-            "lock": records.lock_digest(),
         }
+        on, load = {}, partial(self._pruned, kept)
+        if way is not None:
+            healing = self._healing(tau, way, seed)
+            inputs |= {"healed": healing.identity, "healing seed": seed}
+            on, load = {"healing": healing.key}, partial(self._healed, tau, way, seed)
+        measure = partial(self._measure_scores, load, inputs, kept)
+        step = "protocol" if protocol else "scores"
+        return self.measurement(step, inputs, measure, on=on, **settings)
 
-    def _healed(self, tau: float, way: str, seed: int) -> dict[str, Any]:
-        return {"healed": self.healing(tau, way, seed).id, "healing seed": seed}
+    def _healed(self, tau: float, way: str, seed: int) -> "nn.Module":
+        return self.load(self._healed_folder(tau, way, seed))
 
-    def _scores(
-        self,
-        method: str,
-        tau: float | None,
-        kept: dict[int, list[int]] | None,
-        tasks: list[str],
-        *,
-        healed_with: int | None = None,
-        protocol: Protocol | None = None,
-    ) -> Record:
-        """Score a model: whole, pruned, or healed with a seed; by another protocol only on the benchmarks."""
-        profile = self.profile
-        inputs = self._scores_inputs(method, tau, kept, tasks, healed_with=healed_with, protocol=protocol)
-        settings = {key: inputs[key] for key in ("device", "dtype", "batch_size", "seed")}
+    def _measure_scores(
+        self, load: Callable[[], "nn.Module"], inputs: Mapping[str, Any], kept: dict[int, list[int]] | None
+    ) -> tuple[list[dict], dict]:
+        from transformers import AutoTokenizer
 
-        def measure() -> tuple[list[dict], dict]:
-            from transformers import AutoTokenizer
+        from moeits import corpus, evaluation
 
-            from moeits import corpus, evaluation
+        kept_share = 1.0
+        if kept is not None:
+            kept_share = sum(map(len, kept.values())) / sum(map(len, self.matrices.values()))
+        model = load()
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        rows, details = [], {}
+        if inputs["heldout_tokens"] is not None:
+            blocks = corpus.blocks("heldout", tokenizer, tokens=inputs["heldout_tokens"])
+            text = evaluation.perplexity(model, blocks, batch_size=inputs["batch_size"])
+            rows = _size_rows(model, dense=self.name == DENSE)
+            perplexity = {"metric": "perplexity", "unit": "1", "higher_is_better": False}
+            rows.append({"task": "heldout", **perplexity, **text})
+        if inputs["tasks"]:
+            items = evaluation.evaluate(
+                model,
+                tokenizer,
+                inputs["tasks"],
+                shots=inputs["shots"],
+                limit=inputs["questions"],
+                batch_size=inputs["batch_size"],
+                documents=inputs["documents"],
+                chat_template=inputs.get("chat_template", False),
+                seed=inputs["seed"],
+            )
+            rows += evaluation.plain(evaluation.summarise(items)).to_dict("records")
+            details["items"] = evaluation.plain(items).to_dict("list")
+        del model
+        gc.collect()
+        common = {"model": self.name, "method": inputs["method"], "tau": inputs["tau"]}
+        return [records.row(**common, kept_share=kept_share, **row) for row in rows], details
 
-            kept_share = 1.0
-            if kept is not None:
-                kept_share = sum(map(len, kept.values())) / sum(map(len, self.matrices.values()))
-            if healed_with is not None:
-                folder = self._healed_folder(tau, method, healed_with)
-                if not folder.exists():
-                    self._heal(tau, method, healed_with)
-                model = self.load(folder)
-            else:
-                model = self.load() if kept is None else self._pruned(kept)
-            tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            rows, details = [], {}
-            if not protocol:
-                blocks = corpus.blocks("heldout", tokenizer, tokens=profile.heldout_tokens)
-                text = evaluation.perplexity(model, blocks, batch_size=profile.batch_size)
-                rows = _size_rows(model, dense=self.name == DENSE)
-                rows.append(
-                    {
-                        "task": "heldout",
-                        "metric": "perplexity",
-                        "unit": "1",
-                        "higher_is_better": False,
-                        **text,
-                    }
-                )
-            if tasks:
-                items = evaluation.evaluate(
-                    model,
-                    tokenizer,
-                    tasks,
-                    shots=inputs["shots"],
-                    limit=inputs["questions"],
-                    batch_size=profile.batch_size,
-                    documents=profile.documents,
-                    chat_template=bool(protocol and protocol.chat_template),
-                    seed=profile.seed,
-                )
-                rows += evaluation.plain(evaluation.summarise(items)).to_dict("records")
-                details["items"] = evaluation.plain(items).to_dict("list")
-            del model
-            gc.collect()
-            common = {"model": self.name, "method": method, "tau": tau, "kept_share": kept_share}
-            return [records.row(**common | row) for row in rows], details
 
-        return self._remember("protocol" if protocol else "scores", inputs, measure, **settings)
+def _as_json(kept: Mapping[int, Iterable[int]]) -> dict[str, list[int]]:
+    return {str(layer): list(ids) for layer, ids in kept.items()}
 
 
 def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
@@ -720,7 +694,3 @@ def _timed(number: int, step: Step) -> tuple[int, Any, float]:
     start = time.perf_counter()
     result = step.do()
     return number, result, time.perf_counter() - start
-
-
-def _source(step: str) -> str:
-    return records.source_digest(_SOURCES[step])

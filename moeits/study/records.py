@@ -1,32 +1,30 @@
 """Results and their provenance: one immutable JSON file per measurement.
 
-A record is named by the hash of its inputs: the settings, the fingerprints of the files it reads, the seed,
-and the source of the modules that the step uses. A step that finds its record does nothing, a killed run
-resumes, and the records of two machines can be compared.
+What was asked is a record's identity: the step, its settings and the digests of the files that it reads. How
+it was answered is provenance: the code, versions, machine. A file is named by both, so that a record is found
+on another machine or for another version by what was asked, and a measurement is not taken for current where
+the code behind it has changed (see :mod:`moeits.study.measurement`).
 """
 
-import hashlib
 import json
 import math
 import platform
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from moeits.machine import energy
+from moeits.machine.keys import digest, file_digest, versions
 from moeits.machine.paths import ROOT, whole
 
-SCHEMA = 1
-LIBRARIES = ("moeits", "torch", "transformers", "lm-eval", "peft", "numpy", "numba", "datasets")
+SCHEMA = 2
 ROW_KEYS = {
     "model",
     "method",
@@ -42,42 +40,9 @@ ROW_KEYS = {
 }
 OPTIONAL_KEYS = {"higher_is_better", "chance", "at_chance"}
 
-
-def digest(inputs: object) -> str:
-    """Hash of anything that JSON can write, the same on every machine.
-
-    Parameters
-    ----------
-    inputs : object
-        Nested mappings, sequences, strings, numbers, booleans and None. NaN is refused.
-
-    Returns
-    -------
-    str
-        The first 16 hexadecimal digits of the SHA-256 of the canonical JSON.
-    """
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(*paths: Path) -> str:
-    """Hash of the bytes of files, in the order given; their names do not count."""
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(hashlib.sha256(Path(path).read_bytes()).digest())
-    return total.hexdigest()[:16]
-
-
-def source_digest(modules: Iterable[str]) -> str:
-    """Hash of the source of modules of this package, so that edited code never serves a stale result.
-
-    Parameters
-    ----------
-    modules : iterable of str
-        Names of modules below ``moeits``, such as ``"nmi"``.
-    """
-    here = Path(__file__).parents[1]
-    return file_digest(*(here / f"{name}.py" for name in sorted(set(modules))))
+MADE_BY = ("code", "versions", "built_on")
+"""Parts of the provenance that a result depends on: the hash of the code that was reached, the versions of
+what computes, and what was built before from the same inputs, such as a model's weights or its healing."""
 
 
 def lock_digest() -> str:
@@ -94,15 +59,15 @@ class Record:
     step : str
         What was done, such as ``"scores"``.
     inputs : dict
-        Everything that the result depends on; its hash is the record's `id`.
+        Everything that was asked: settings and digests of files.
     rows : list of dict
         Tidy results: model, method, tau, kept_share, task, metric, variant, value, stderr, n, unit,
         higher_is_better.
     details : dict
         What does not fit a row: answers by question, kept experts by layer.
     provenance : dict
-        Commit, versions, device, seconds (wall), peak_memory (bytes), joules by device where the machine
-        counts them. No host names, no home paths.
+        What made it (:data:`MADE_BY`), commit, device, seconds (wall), peak_memory (bytes), joules by device
+        where the machine counts them. No host names, no home paths.
     """
 
     step: str
@@ -113,9 +78,14 @@ class Record:
     schema: int = SCHEMA
 
     @property
+    def identity(self) -> str:
+        """Hash of what was asked."""
+        return identity(self.step, self.inputs)
+
+    @property
     def id(self) -> str:
-        """Hash of the step and its inputs."""
-        return digest({"step": self.step, "inputs": self.inputs})
+        """Hash of what was asked, and a shorter one of what made the answer."""
+        return f"{self.identity}-{maker(self.provenance)}"
 
     @property
     def seconds(self) -> float:
@@ -123,8 +93,22 @@ class Record:
         return float(self.provenance.get("seconds", math.nan))
 
 
-def _path(folder: Path, step: str, inputs: Mapping[str, Any]) -> Path:
-    return Path(folder) / f"{step}-{digest({'step': step, 'inputs': inputs})}.json"
+def identity(step: str, inputs: Mapping[str, Any]) -> str:
+    """Hash of what is asked: 16 hexadecimal digits, the same for 16 and 16.0."""
+    return digest({"step": step, "inputs": _canonical(inputs)})
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _canonical(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def maker(provenance: Mapping[str, Any]) -> str:
+    """Hash of what makes an answer: 8 hexadecimal digits."""
+    return digest({name: provenance.get(name) for name in MADE_BY})[:8]
 
 
 def read(path: Path) -> Record:
@@ -133,7 +117,8 @@ def read(path: Path) -> Record:
     Raises
     ------
     ValueError
-        If the file is no record, has another schema, or was edited: its name must be the hash of its inputs.
+        If the file is no record, has another schema, or was edited: its name must be the hash of its identity
+        and of what made it.
     """
     path = Path(path)
     try:
@@ -147,20 +132,20 @@ def read(path: Path) -> Record:
         raise ValueError(f"{path.name} has schema {record.schema}, this version reads schema {SCHEMA}")
     if path.stem != f"{record.step}-{record.id}":
         raise ValueError(
-            f"{path.name} does not hold the inputs that its name stands for (they hash to {record.id}): "
+            f"{path.name} does not hold what its name stands for (that is {record.id}): "
             "records are never edited; delete it and run the step again"
         )
     return record
 
 
 def write(folder: Path, record: Record) -> Path:
-    """Write a record, whole or not at all, under the name of its inputs."""
+    """Write a record, whole or not at all; where it is there already, that one stays."""
     for row in record.rows:
         missing = ROW_KEYS - row.keys()
         if missing:
             raise ValueError(f"a row of step {record.step!r} lacks {sorted(missing)}: {row}")
-    path = _path(folder, record.step, record.inputs)
-    with whole(path) as part:
+    path = Path(folder) / f"{record.step}-{record.id}.json"
+    with whole(path, once=True) as part:
         part.write_text(json.dumps(asdict(record), sort_keys=True, separators=(",", ":")) + "\n")
     return path
 
@@ -173,47 +158,6 @@ def row(**values: Any) -> dict[str, Any]:
     return dict.fromkeys(sorted(ROW_KEYS)) | values
 
 
-def remember(
-    folder: Path,
-    step: str,
-    inputs: Mapping[str, Any],
-    measure: Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]],
-    *,
-    provenance: Mapping[str, Any] | None = None,
-) -> Record:
-    """Read the record of a step, or measure and write it.
-
-    Parameters
-    ----------
-    folder : Path
-        The profile's folder of records.
-    step : str
-        Name of the step.
-    inputs : mapping
-        Everything the result depends on.
-    measure : callable
-        Returns ``(rows, details)``; called only when there is no record yet.
-    provenance : mapping, optional
-        Facts about the run beside those that are gathered here: device, dtype, batch size, seed.
-
-    Returns
-    -------
-    Record
-    """
-    inputs = json.loads(json.dumps(inputs))
-    path = _path(folder, step, inputs)
-    if path.exists():
-        return read(path)
-    start, before = time.perf_counter(), energy.joules()
-    rows, details = measure()
-    seconds, used = time.perf_counter() - start, energy.spent(before, energy.joules())
-    cost = {"seconds": round(seconds, 3), "peak_memory": peak_memory(), **({"joules": used} if used else {})}
-    facts = environment() | dict(provenance or {}) | cost
-    record = Record(step=step, inputs=inputs, rows=rows, details=details, provenance=facts)
-    write(folder, record)
-    return read(path)
-
-
 def load(folder: Path, step: str | None = None) -> list[Record]:
     """All records of a folder, sorted by name.
 
@@ -224,12 +168,16 @@ def load(folder: Path, step: str | None = None) -> list[Record]:
     step : str, optional
         Only this step's.
     """
-    return [read(path) for path in sorted(Path(folder).glob(f"{step or '*'}-*.json"))]
+    return [read(path) for path in _files(folder, step or "*")]
 
 
-def exists(folder: Path, step: str, inputs: Mapping[str, Any]) -> bool:
-    """Say whether there is a record of a step with these inputs, as :func:`remember` takes them."""
-    return _path(folder, step, json.loads(json.dumps(inputs))).exists()
+def find(folder: Path, step: str, inputs: Mapping[str, Any]) -> list[Record]:
+    """Find the records that answer a question, whatever made them."""
+    return [read(path) for path in _files(folder, step, identity(step, inputs))]
+
+
+def _files(folder: Path, step: str, asked: str = "?" * 16) -> list[Path]:
+    return sorted(Path(folder).glob(f"{step}-{asked}-{'?' * 8}.json"))
 
 
 def latest(step: str, *folders: Path) -> Record:
@@ -248,7 +196,7 @@ def latest(step: str, *folders: Path) -> Record:
         If none has one.
     """
     for folder in folders:
-        if paths := list(Path(folder).glob(f"{step}-*.json")):
+        if paths := _files(folder, step):
             return read(max(paths, key=lambda path: path.stat().st_mtime))
     raise FileNotFoundError(f"there is no record of the step {step!r}: measure it first (see `make help`)")
 
@@ -279,17 +227,12 @@ def _git(*arguments: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """Commit, versions and machine type of this run, without host names or home paths."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "lock": lock_digest(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
+        "moeits": version("moeits"),
+        "versions": versions(),
     }

@@ -18,7 +18,7 @@ _MARKS = "<!-- results of the laptop profile, by make reference -->", "<!-- end 
 def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFERENCE) -> None:
     """Copy records to where they are committed; those of steps that were not measured again stay.
 
-    Of records that differ by the code alone, the newest is taken. A comparison of methods of which a first
+    Of the answers to one question, the newest is taken. A comparison of methods of which a first
     book measures a part does not replace a larger one.
 
     Parameters
@@ -50,15 +50,11 @@ def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFER
 
 _RIVALS = ("rival", "final", "statistics", "oracle", "speed")
 
-# Inputs that change with the code while the question stays the same.
-_HASHES = ("source", "lock", "criterion", "criterion source", "statistics", "healed", "benchmark")
-
 
 def _newest(files: Iterable[Path]) -> list[Path]:
     found = {}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        inputs = records.read(file).inputs
-        found[_step(file), records.digest({key: inputs[key] for key in inputs if key not in _HASHES})] = file
+        found[records.read(file).identity] = file
     return sorted(found.values())
 
 
@@ -176,7 +172,7 @@ _STATES = {
 
 
 def _step(file: Path) -> str:
-    return file.stem.rpartition("-")[0]
+    return file.stem.rsplit("-", 2)[0]
 
 
 if __name__ == "__main__":

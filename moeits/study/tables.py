@@ -66,13 +66,11 @@ def shown(profile: Profile) -> Shown:
     here = [cell for one in compared for cell in one.found()]
     published = DATA / "reference" / "laptop"
     other = records.load(published, "rival") if profile.name == "laptop" else []
+    kinds = ("final", "oracle", "speed", "statistics")
     if len(here) >= len(other):
         return Shown(
             here,
-            [final for one in compared for final in one.finals_found()],
-            [oracle for one in compared if (oracle := one.oracle_found())],
-            [speed for one in compared for speed in one.speeds_found()],
-            [found for one in compared for found in one.statistics_found()],
+            *([record for one in compared for record in one.found(kind)] for kind in kinds),
             f"The {len(here)} measurements of this page were made on this machine.",
         )
     by_place = {_place(cell): cell for cell in here}
@@ -86,7 +84,6 @@ def shown(profile: Profile) -> Shown:
         f"{str(other[0].provenance['commit'])[:10]}). This run has repeated {len(gaps)} of them; the bits "
         f"per byte differ by at most {max(gaps, default=0):.1%}."
     )
-    kinds = ("final", "oracle", "speed", "statistics")
     return Shown(other, *(records.load(published, kind) for kind in kinds), source)
 
 

@@ -11,6 +11,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from moeits.study import pipeline, records
+from moeits.study.measurement import Measurement
 from moeits.study.pipeline import Step
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ def measure(folder: Path, number: int, victim: Path | None = None) -> records.Re
                 os.kill(os.getpid(), signal.SIGKILL)
         return [records.row(metric="square", value=number**2)], {}
 
-    return records.remember(folder, "square", {"number": number}, square)
+    return Measurement(folder, "square", {"number": number}, square).record()
 
 
 def steps(folder, **options):

@@ -5,6 +5,7 @@ import pytest
 
 from moeits.machine import energy
 from moeits.study import records
+from moeits.study.measurement import Measurement
 
 
 @pytest.fixture
@@ -73,5 +74,5 @@ def test_a_record_has_the_energy_of_its_measurement(gpus, tmp_path):
         gpus[0] += 3_000
         return [records.row(model="m", value=1.0)], {}
 
-    record = records.remember(tmp_path / "records", "step", {}, measure)
+    record = Measurement(tmp_path / "records", "step", {}, measure).record()
     assert record.provenance["joules"] == {"GPUs": 3.0}

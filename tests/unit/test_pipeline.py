@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_model, tokens
 
 from moeits import simplify
+from moeits.machine import keys
 from moeits.models.families import expert_block, moe_layers
 from moeits.models.folder import load_model
 from moeits.models.surgery import masked
@@ -70,11 +71,11 @@ def test_presets_weigh_the_projections_differently(folder):
 
 
 def test_simplify_changes_the_model_that_it_is_given_and_not_the_folder(folder):
-    before = records.file_digest(folder / "model.safetensors")
+    before = keys.file_digest(folder / "model.safetensors")
     model = load_model(folder)
     assert simplify(model, n_keep=4) is model
     assert {layer.num_experts for layer in moe_layers(model)} == {4}
-    assert records.file_digest(folder / "model.safetensors") == before
+    assert keys.file_digest(folder / "model.safetensors") == before
 
 
 @pytest.mark.parametrize("budget", [{}, {"tau": 1.0, "n_keep": 4}, {"share": 0.5, "tau": 1.0}])
@@ -133,23 +134,18 @@ def test_selections_keep_the_familys_minimum(study, monkeypatch):
 
 
 def test_controls_keep_as_many_experts_as_tau_does_but_others(study, monkeypatch):
-    asked = []
     monkeypatch.setattr(
-        pipeline.Study,
-        "_scores",
-        lambda _, method, tau, kept, tasks: asked.append((method, tau, kept, tasks)),
+        "moeits.evaluation.perplexity", lambda *_, **__: {"value": 1.0, "stderr": 0.1, "n": 3}
     )
-    study.controls(1.25)
-    chosen = {layer: selection.kept for layer, selection in study.selections(1.25).items()}
-    assert [(method, tau, tasks) for method, tau, _, tasks in asked] == [
-        ("random 0", 1.25, []),
-        ("random 1", 1.25, []),
-    ]
-    for _, _, kept, _ in asked:
-        assert {layer: len(set(ids)) for layer, ids in kept.items()} == {
-            layer: len(ids) for layer, ids in chosen.items()
-        }
-    assert asked[0][2] != asked[1][2]
+    monkeypatch.setattr("moeits.corpus.blocks", lambda *_, **__: None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
+    found = study.controls(1.25)
+    assert [record.inputs["method"] for record in found] == ["random 0", "random 1"]
+    assert all((record.inputs["tau"], record.inputs["tasks"]) == (1.25, []) for record in found)
+    chosen = {str(layer): len(of.kept) for layer, of in study.selections(1.25).items()}
+    kept = [record.inputs["kept"] for record in found]
+    assert all({layer: len(set(ids)) for layer, ids in one.items()} == chosen for one in kept)
+    assert kept[0] != kept[1]
 
 
 def test_steps_cover_the_profile_in_order():
@@ -190,11 +186,12 @@ def test_an_ablation_heals_at_every_tau_with_every_seed(study):
 
 
 def test_seeds_of_a_healing_are_different_records(study):
-    inputs = [study._healing_inputs(1.25, "lora", seed) for seed in (0, 1)]
-    assert [given["recipe"]["seed"] for given in inputs] == [0, 1]
-    assert study._healed_folder(1.25, "lora", 0) != study._healed_folder(1.25, "lora", 1)
-    assert study._healing_inputs(1.25, "refit", 0) == study._healing_inputs(1.25, "refit", 1)
-    records.remember(study.records, "healing", study._healing_inputs(1.25, "lora", 2), lambda: ([], {}))
+    healings = [study._healing(1.25, "lora", seed) for seed in (0, 1)]
+    assert [healing.inputs["recipe"]["seed"] for healing in healings] == [0, 1]
+    assert healings[0].key != healings[1].key
+    assert study._healing(1.25, "refit", 0).key == study._healing(1.25, "refit", 1).key
+    third = study._healing(1.25, "lora", 2)
+    records.write(study.records, records.Record("healing", dict(third.inputs), [], {}, third.made_by))
     found = study.healings_found
     assert (1.25, "lora", 2) in found
     assert {(way, seed) for _, way, seed in found} == {("lora", 2)}

@@ -1,10 +1,19 @@
 import os
 import time
+from itertools import product
 
 import pytest
 
 from moeits.machine.paths import DATA, ROOT
 from moeits.study import profiles, records, reference
+from moeits.study.comparison import Comparison
+from moeits.study.measurement import Measurement
+from moeits.study.pipeline import Study
+from moeits.study.profiles import HEALINGS
+
+
+def take(folder, step, inputs, rows=(), code=""):
+    return Measurement(folder, step, inputs, lambda: (list(rows), {}), built_on={"code": code}).record()
 
 
 def scores(folder, number, method, tau, value, **more):
@@ -13,7 +22,7 @@ def scores(folder, number, method, tau, value, **more):
         records.row(**common, task="heldout", metric="perplexity", value=value, stderr=2.0, n=12),
         records.row(**common, task="mean", metric="score", variant="acc", value=0.4, stderr=0.05, n=80),
     ]
-    records.remember(folder, "scores", {"number": number}, lambda: (rows, {}))
+    take(folder, "scores", {"number": number}, rows)
 
 
 @pytest.fixture
@@ -38,7 +47,7 @@ def test_the_table_has_what_was_measured_at_the_models_own_tau(measured):
 
 def test_records_of_steps_that_were_not_measured_again_stay(measured, tmp_path):
     kept = tmp_path / "reference"
-    old = records.remember(kept, "bench-nmi", {}, lambda: ([], {}))
+    old = take(kept, "bench-nmi", {})
     scores(kept, 9, "moeits", 1.25, 1.0)
     reference.publish(measured, kept)
     names = {file.stem for file in kept.iterdir()}
@@ -51,13 +60,13 @@ def test_records_of_steps_that_were_not_measured_again_stay(measured, tmp_path):
 
 def test_of_records_that_differ_by_the_code_alone_the_newest_is_taken(measured, tmp_path):
     for age, source in ((100, "old"), (0, "new")):
-        made = records.remember(measured, "rival", {"method": "reap", "source": source}, lambda: ([], {}))
+        made = take(measured, "rival", {"method": "reap"}, code=source)
         now = time.time() - age
         os.utime(measured / f"rival-{made.id}.json", (now, now))
-    records.remember(measured, "rival", {"method": "lu", "source": "old"}, lambda: ([], {}))
+    take(measured, "rival", {"method": "lu"}, code="old")
     reference.publish(measured, tmp_path / "reference")
     kept = {
-        (record.inputs["method"], record.inputs["source"])
+        (record.inputs["method"], record.provenance["built_on"]["code"])
         for record in records.load(tmp_path / "reference", "rival")
     }
     assert kept == {("reap", "new"), ("lu", "old")}
@@ -66,15 +75,15 @@ def test_of_records_that_differ_by_the_code_alone_the_newest_is_taken(measured, 
 def test_a_part_of_the_comparison_does_not_replace_the_whole(measured, tmp_path):
     kept = tmp_path / "reference"
     for method in ("lu", "reap"):
-        records.remember(kept, "rival", {"method": method, "source": "old"}, lambda: ([], {}))
-    records.remember(measured, "rival", {"method": "reap", "source": "new"}, lambda: ([], {}))
+        take(kept, "rival", {"method": method}, code="old")
+    take(measured, "rival", {"method": "reap"}, code="new")
     reference.publish(measured, kept)
-    assert {of.inputs["source"] for of in records.load(kept, "rival")} == {"old"}
+    assert {of.provenance["built_on"]["code"] for of in records.load(kept, "rival")} == {"old"}
     for method in ("lu", "moeits"):
-        records.remember(measured, "rival", {"method": method, "source": "new"}, lambda: ([], {}))
+        take(measured, "rival", {"method": method}, code="new")
     reference.publish(measured, kept)
     assert len(records.load(kept, "rival")) == 3
-    assert {of.inputs["source"] for of in records.load(kept, "rival")} == {"new"}
+    assert {of.provenance["built_on"]["code"] for of in records.load(kept, "rival")} == {"new"}
 
 
 @pytest.mark.parametrize("folder", sorted((DATA / "reference").iterdir()), ids=lambda folder: folder.name)
@@ -86,6 +95,45 @@ def test_what_is_committed_are_records_of_a_profile(folder):
     for record in found:
         assert record.provenance["commit"], record.id
         assert all(row.keys() >= records.ROW_KEYS for row in record.rows), record.id
+
+
+def test_committed_records_are_found_by_todays_settings(monkeypatch):
+    """On any machine: what a laptop model is made of counts, not the bytes that came out."""
+    profile = profiles.load("laptop", device="cpu", dtype="bfloat16")
+    committed = records.load(reference.REFERENCE)
+    monkeypatch.setattr(Study, "fingerprint", "of this machine")
+    kept = {
+        (record.inputs["model"], record.inputs["tau"]): record.inputs["kept"]
+        for record in committed
+        if record.step == "scores" and record.inputs["method"] == "moeits"
+    }
+    monkeypatch.setattr(Study, "_kept", lambda study, tau: kept[study.name, tau])
+    found: set[str] = set()
+    for name, model in profile.models.items():
+        study, compared = Study(profile, name), Comparison(profile, name)
+        own = kept[name, model.tau]
+        compared.__dict__["counts"] = {int(layer): len(ids) for layer, ids in own.items()}
+        taus = [tau for of, tau in kept if of == name]
+        measurements = {
+            "nmi": [study._nmi],
+            "scores": [study._scores(), *map(study._scores, taus)],
+            **{step: compared.measurements(step) for step in ("rival", "final", "oracle", "speed")},
+            "statistics": compared.measurements("statistics"),
+            "healing": [
+                study._healing(tau, way, seed)
+                for tau, way, seed in product(taus, filter(profile.can_heal, HEALINGS), range(3))
+            ],
+        }
+        for step, asked in measurements.items():
+            ours = {
+                record.identity
+                for record in committed
+                if (record.step, record.inputs.get("model")) == (step, name)
+                and (step != "scores" or record.inputs["method"] in ("whole", "moeits"))
+            }
+            assert ours <= {one.identity for one in asked}, (name, step)
+            found |= ours
+    assert len(found) > 500
 
 
 def test_the_readme_shows_the_committed_records():
