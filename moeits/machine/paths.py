@@ -52,7 +52,7 @@ def package_folder(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> Path:
     """Make a folder, and check that files can be written there: before work whose result goes there.
 
     Parameters
@@ -60,12 +60,18 @@ def check_writable(folder: Path) -> None:
     folder : Path
         Folder; it and its parents are made where they are missing.
 
+    Returns
+    -------
+    Path
+        The folder.
+
     Raises
     ------
     PlaceError
         If nothing can be written there.
     """
     _scratch(Path(folder), ".check-").rmdir()
+    return Path(folder)
 
 
 def _scratch(folder: Path, prefix: str) -> Path:

@@ -33,7 +33,6 @@ from moeits.models.families import MoELayer, moe_layers, router_dimension, sizes
 from moeits.models.folder import (
     carry_files,
     check_target,
-    check_writable,
     describe_folder,
     hollow_model,
     read_config,
@@ -266,7 +265,7 @@ def check_prunable(
         If the disk is too small for the smallest model that the budget allows.
     """
     source = Path(source)
-    check_writable(CACHE, "set MOEITS_CACHE to a folder that can be written")
+    check_writable(CACHE)
     if target is not None:
         check_target(target)
     layers = _layers_of(source)
@@ -318,7 +317,7 @@ def _layers_of(source: Path) -> dict[int, MoELayer]:
 
 
 def _check_disk(target: Path, size: int) -> None:
-    place = check_writable(target.parent, "choose another output folder")
+    place = check_writable(target.parent)
     if (free := shutil.disk_usage(place).free) < size:
         raise OSError(errno.ENOSPC, f"the pruned model needs {size:,} bytes, free are {free:,}", str(target))
 

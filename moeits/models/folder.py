@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from moeits.kept import Kept, versions
-from moeits.machine.paths import whole
+from moeits.machine.paths import check_writable, whole
 from moeits.models.card import model_card, read_card
 from moeits.models.families import (
     MoELayer,
@@ -125,24 +124,14 @@ def check_target(target: str | Path) -> Path:
     ------
     FileExistsError
         If it exists.
-    PermissionError, NotADirectoryError
+    PlaceError
         If nothing can be written where it is to lie.
     """
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
-    check_writable(target.parent, "choose another output folder")
+    check_writable(target.parent)
     return target
-
-
-def check_writable(folder: Path, remedy: str) -> Path:
-    """Nearest folder above that exists, after checking that something can be written there."""
-    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(f"{place} is a file, not a folder: {remedy}")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"nothing can be written in {place}: {remedy}")
-    return place
 
 
 CARRIED = (

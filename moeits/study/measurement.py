@@ -77,6 +77,11 @@ class Measurement:
             records.write(self.folder, self.take())
         return records.read(self.path)
 
+    def answer(self) -> Record:
+        """Find a record of the question, whatever code made it, or take it: for hours of committed work."""
+        answers = records.find(self.folder, self.step, self.inputs)
+        return answers[-1] if answers else self.record()
+
     def take(self) -> Record:
         """Measure, without looking for a record or writing one."""
         start, before = time.perf_counter(), energy.joules()

@@ -15,7 +15,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 from scipy import stats
 
-from moeits.study.records import Record, load, remember, row
+from moeits.study.measurement import Measurement
+from moeits.study.records import Record, load, row
 
 STEP = "selection"
 LEVEL = 0.05
@@ -123,7 +124,8 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
         read = anatomy.sample(text, sizes.documents, sizes.context, anatomy.token_bytes())
         return trial(name, trained.load(name), read, corpus.load("calibration").ids, sizes)
 
-    return remember(folder or anatomy.RECORDS, STEP, inputs, run, provenance={"device": "cpu"})
+    folder = folder or anatomy.RECORDS
+    return Measurement(folder, STEP, inputs, run, provenance={"device": "cpu", "dtype": "float32"}).answer()
 
 
 def trial(
