@@ -11,7 +11,7 @@ from moeits.machine.keys import once_for_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_CHUNK = 1 << 22  # bytes that are hashed at a time
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)

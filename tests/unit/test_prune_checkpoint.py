@@ -17,6 +17,7 @@ from tiny import assert_logits, logits, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Llama4Config
 
 from moeits.cli import main
+from moeits.errors import PlaceError
 from moeits.kept import Kept
 from moeits.models import checkpoint
 from moeits.models.checkpoint import prune_checkpoint
@@ -201,6 +202,10 @@ def test_killed_and_started_again(source, tmp_path):
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not (tmp_path / "pruned").exists()
     assert len(list(tmp_path.iterdir())) == 2  # the source, and what the killed process left
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "source")
+    os.utime(left, (0, 0))  # what is old belongs to nobody
+    for path in left.rglob("*"):
+        os.utime(path, (0, 0))
     prune_checkpoint(source, tmp_path / "pruned", {1: [0, 3]})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "source"]
     assert bytes_of(source) == before
@@ -211,7 +216,7 @@ def test_no_permission_to_write(source, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
     monkeypatch.setattr("moeits.machine.paths.tempfile.mkdtemp", denied)
-    with pytest.raises(PermissionError, match="Permission denied"):
+    with pytest.raises(PlaceError, match=r"Permission denied\): choose another folder"):
         prune_checkpoint(source, tmp_path / "pruned", {1: [0, 3]})
 
 
