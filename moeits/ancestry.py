@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 
 from moeits.nmi import nmi_matrix
 from moeits.selection import select_experts
@@ -29,8 +30,8 @@ class Ancestry:
     limit : float
         NMI above which a pair counts as related.
     families : tuple of tuple of int
-        Experts that are related, directly or through others; largest family first, each ascending. An
-        expert without relatives is a family of its own.
+        Experts that are related on average; largest family first, each ascending. An expert without
+        relatives is a family of its own.
     kept : dict of float to int
         Threshold tau to the number of experts that the method keeps.
     """
@@ -98,7 +99,7 @@ def ancestry(
 
 
 def families(R: np.ndarray, limit: float) -> tuple[tuple[int, ...], ...]:
-    """Connect the experts whose NMI exceeds a limit.
+    """Group experts by average linkage: two groups join while their mean NMI exceeds a limit.
 
     Parameters
     ----------
@@ -112,10 +113,10 @@ def families(R: np.ndarray, limit: float) -> tuple[tuple[int, ...], ...]:
     tuple of tuple of int
         Largest family first, then by the first expert.
     """
-    from scipy.sparse.csgraph import connected_components
-
-    related = (limit < R) & ~np.eye(len(R), dtype=bool)
-    _, label = connected_components(related, directed=False)
+    if len(R) < 2:
+        return tuple((expert,) for expert in range(len(R)))
+    distances = R.max() - R[np.triu_indices(len(R), 1)]
+    label = fcluster(linkage(distances, "average"), R.max() - limit, "distance")
     groups = [tuple(np.flatnonzero(label == number).tolist()) for number in np.unique(label)]
     return tuple(sorted(groups, key=lambda group: (-len(group), group)))
 

@@ -49,11 +49,15 @@ def test_weights_of_a_checkpoint_may_be_bfloat16():
     assert ancestry(made, n_jobs=1).families == ((1, 4, 5), (0, 3), (2,))
 
 
-def test_relatives_of_relatives_belong_together():
-    R = np.array([[0, 0.9, 0, 0], [0.9, 0, 0.9, 0], [0, 0.9, 0, 0.1], [0, 0, 0.1, 0]])
-    assert families(R, 0.5) == ((0, 1, 2), (3,))
-    assert families(R, 0.05) == ((0, 1, 2, 3),)
+def test_one_close_pair_does_not_join_two_families():
+    R = np.full((4, 4), 0.1)
+    R[0, 1] = R[1, 0] = R[2, 3] = R[3, 2] = 0.9
+    R[1, 2] = R[2, 1] = 0.6
+    np.fill_diagonal(R, 0)
+    assert families(R, 0.5) == ((0, 1), (2, 3))
+    assert families(R, 0.2) == ((0, 1, 2, 3),)  # the mean of the four pairs is 0.225
     assert families(R, 0.95) == ((0,), (1,), (2,), (3,))
+    assert families(np.zeros((1, 1)), 0.5) == ((0,),)
 
 
 def test_no_shuffle_is_an_error():
