@@ -94,11 +94,9 @@ def routing(model: nn.Module) -> Iterator[dict[int, tuple[torch.Tensor, torch.Te
     """
     held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = []
-    for layer in moe_layers(model) if is_sparse(model) else ():
-        weight = next(name for name in layer.router if name.endswith(".weight"))
-        router = model.get_submodule(weight.rpartition(".")[0])
+    for layer, router in routers(model).items() if is_sparse(model) else ():
 
-        def hold(module: nn.Module, inputs: tuple, outputs: tuple, number: int = layer.layer) -> None:
+        def hold(module: nn.Module, inputs: tuple, outputs: tuple, number: int = layer) -> None:
             hidden = inputs[0].reshape(-1, module.weight.shape[1])
             held[number] = nn.functional.linear(hidden.float(), module.weight.float()), outputs[-1]
 
@@ -108,6 +106,15 @@ def routing(model: nn.Module) -> Iterator[dict[int, tuple[torch.Tensor, torch.Te
     finally:
         for handle in handles:
             handle.remove()
+
+
+def routers(model: nn.Module) -> dict[int, nn.Module]:
+    """Router module of every Mixture-of-Experts layer; its `weight` is (E, d)."""
+    found = {}
+    for layer in moe_layers(model):
+        weight = next(name for name in layer.router if name.endswith(".weight"))
+        found[layer.layer] = model.get_submodule(weight.rpartition(".")[0])
+    return found
 
 
 def is_sparse(model: nn.Module) -> bool:
