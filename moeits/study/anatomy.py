@@ -1,4 +1,4 @@
-"""What a trained Mixture-of-Experts model is like inside: losses, routing, what each expert is worth, weights.
+"""What a trained Mixture-of-Experts model is like inside: losses, routing, the worth of each expert, weights.
 
 Arrays at the bottom, then passes of one model over a sample of held-out text, then the record of one model.
 Everything is measured on whole documents, each read from its beginning up to `Sizes.context` tokens, equally
@@ -21,15 +21,15 @@ import torch
 from joblib import Parallel, delayed
 from torch import Tensor, nn
 
-from moeits import records
 from moeits.evaluation import ratio
-from moeits.families import expert_block, moe_layers
+from moeits.machine.paths import DATA
+from moeits.models.families import expert_block, moe_layers
+from moeits.models.surgery import masked
 from moeits.nmi import nmi_matrix, null_nmi
-from moeits.paths import DATA
-from moeits.records import Record, row
 from moeits.study import corpus, trained
+from moeits.study.measurement import Measurement
+from moeits.study.records import Record, row
 from moeits.study.training import is_sparse, routers, routing
-from moeits.surgery import masked
 
 RECORDS = DATA / "study" / "records"
 STEP = "anatomy"
@@ -47,7 +47,7 @@ PASSAGES = {
     "Gunrock: A Social Bot for Complex and Engaging Long Conversations": "QASPER (CC BY 4.0)",
     "Write a function to find the volume of a cone.\nimport math": "MBPP (CC BY 4.0)",
 }
-"""First words of the held-out documents whose tokens are shown with their experts, and where they are from."""
+"""First words of the held-out documents whose tokens are shown with their experts, and their source."""
 
 _BATCH = 2048  # tokens: larger batches leave the processor's cache
 _RARE = 20  # occurrences below which a token is not among an expert's top tokens
@@ -147,9 +147,10 @@ def specialisation(
     Returns
     -------
     measured, null, spread : float
-        In nats: as measured, and mean and standard deviation over the permutations. Documents choose their own
-        experts for other reasons than their domain, too, so that the null exceeds what independent tokens
-        would give. Measured minus null estimates the mutual information without bias where there is none.
+        In nats: as measured, and mean and standard deviation over the permutations. Documents choose their
+        own experts for other reasons than their domain, too, so that the null exceeds what independent
+        tokens would give. Measured minus null estimates the mutual information without bias where there is
+        none.
     """
     random = np.random.default_rng(seed)
     null = [
@@ -466,7 +467,7 @@ def removals(model: nn.Module, read: Sample) -> np.ndarray:
 def subsets(model: nn.Module, read: Sample, kept: np.ndarray) -> np.ndarray:
     """Losses with subsets of the experts, (subsets, L, kept), in bits: shape (subsets, documents)."""
     numbers = [layer.layer for layer in moe_layers(model)]
-    return np.array([_without(model, dict(zip(numbers, one.tolist(), strict=True)), read) for one in kept])
+    return np.array([_without(model, dict(zip(numbers, one, strict=True)), read) for one in kept])
 
 
 def _without(model: nn.Module, kept: Mapping[int, Sequence[int]], read: Sample) -> np.ndarray:
@@ -524,14 +525,16 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path = RECORDS) -> Rec
         details["cpu_seconds"] = round(time.process_time() - clock, 1)
         return [row(model=name, **one) for one in rows], details
 
-    return records.remember(folder, STEP, inputs, run, provenance={"device": "cpu", "dtype": "float32"})
+    return Measurement(folder, STEP, inputs, run, provenance={"device": "cpu", "dtype": "float32"}).answer()
 
 
-def measure_all(jobs: int = 1, *, folder: Path = RECORDS) -> list[Record]:
-    """Measure every finished model that has no record yet; a killed run goes on where it was.
+def measure_all(names: Sequence[str] = (), *, jobs: int = 1, folder: Path = RECORDS) -> list[Record]:
+    """Measure finished models that have no record yet; a killed run goes on where it was.
 
     Parameters
     ----------
+    names : sequence of str, default=()
+        Models; all that are finished if there are none.
     jobs : int, default=1
         Processes, one thread each.
     folder : Path
@@ -540,12 +543,9 @@ def measure_all(jobs: int = 1, *, folder: Path = RECORDS) -> list[Record]:
     Returns
     -------
     list of Record
-        Of all finished models.
     """
-    finished = [
-        plan.name for plan in trained.plans().values() if plan.kept and (plan.folder / trained.FACTS).exists()
-    ]
-    return Parallel(n_jobs=jobs)(delayed(measure)(name, folder=folder) for name in finished)
+    wanted = [name for name in trained.finished() if not names or name in names]
+    return Parallel(n_jobs=jobs)(delayed(measure)(name, folder=folder) for name in wanted)
 
 
 def anatomy(
@@ -569,7 +569,7 @@ def anatomy(
     Returns
     -------
     rows : list of dict
-        As :func:`moeits.records.row` takes them, without the model.
+        As :func:`moeits.study.records.row` takes them, without the model.
     details : dict
         Arrays as lists, rounded to four digits.
     """

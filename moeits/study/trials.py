@@ -101,8 +101,8 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
         Found by weights, text and sizes. Rows: bits per byte of every method and of the mean subset. Details:
         ``bytes`` and ``domain`` of the documents; ``unpruned``, bits of each; for each of ``budgets``:
         ``counts`` by layer; ``methods`` (kept experts, bits of each document); ``subsets`` (bits of all
-        documents, for each subset) and ``mean of subsets`` (bits of each document); and, but from scratch,
-        the same of ``stratified`` subsets.
+        documents, for each subset) and ``mean of subsets`` (bits of each document); and, at the own count
+        and but from scratch, the same of ``stratified`` subsets.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def trial(
         share = sum(counts) / (experts * len(counts))
         random = np.random.default_rng([seed, number])
         drawn = {"subsets": [random_subset(counts, experts, random) for _ in range(sizes.subsets)]}
-        if slices:
+        if slices and budget == "own":
             drawn["stratified"] = [
                 stratified_subset(counts, experts, slices, random) for _ in range(sizes.stratified)
             ]
@@ -215,12 +215,12 @@ def _row(name: str, method: str, share: float, bits: np.ndarray, size: np.ndarra
     )
 
 
-def measure_all(names: Iterable[str] | None = None, *, jobs: int = 1, sizes: Sizes = Sizes()) -> list[Record]:
-    """Measure every finished training of the matched set that has no record yet."""
+def measure_all(names: Sequence[str] = (), *, jobs: int = 1, sizes: Sizes = Sizes()) -> list[Record]:
+    """Measure finished trainings of the matched set that have no record yet; all of them without `names`."""
     from moeits.study import trained
 
-    wanted = names or [f"{kind}-{seed}" for seed in trained.SEEDS for kind in trained.INITIALISATIONS]
-    ready = [name for name in wanted if name in trained.finished()]
+    matched = [f"{kind}-{seed}" for seed in trained.SEEDS for kind in trained.INITIALISATIONS]
+    ready = [name for name in matched if name in trained.finished() and (not names or name in names)]
     return Parallel(n_jobs=jobs)(delayed(measure)(name, sizes=sizes) for name in ready)
 
 
@@ -240,7 +240,7 @@ def differences(records: Iterable[Record]) -> pd.DataFrame:
     DataFrame
         One row for each training, budget and method: ``initialisation``, ``seed``, ``budget``, ``method``; in
         bits per byte ``delta`` (method minus the mean of the random subsets), ``from_stratified`` (minus the
-        mean of those spread over the slices; NaN from scratch), ``cost`` (mean of the random subsets minus
+        mean of those spread over the slices; NaN where there are none), ``cost`` (mean of the random subsets minus
         the unpruned model) and ``spread`` (standard deviation over them); ``percentile`` among them;
         ``kept``, the mean number of experts kept in a layer.
     """
