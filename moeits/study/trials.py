@@ -240,8 +240,8 @@ def differences(records: Iterable[Record]) -> pd.DataFrame:
     DataFrame
         One row for each training, budget and method: ``initialisation``, ``seed``, ``budget``, ``method``; in
         bits per byte ``delta`` (method minus the mean of the random subsets), ``from_stratified`` (minus the
-        mean of those spread over the slices; NaN where there are none), ``cost`` (mean of the random subsets minus
-        the unpruned model) and ``spread`` (standard deviation over them); ``percentile`` among them;
+        mean of those spread over the slices; NaN where there are none), ``cost`` (mean of the random subsets
+        minus the unpruned model) and ``spread`` (standard deviation over them); ``percentile`` among them;
         ``kept``, the mean number of experts kept in a layer.
     """
     rows = []
