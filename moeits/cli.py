@@ -564,6 +564,43 @@ def heal(
 
 
 @main.command()
+@click.argument("pruned", type=click.Path(path_type=Path))
+@click.option(
+    "--against", type=click.Path(path_type=Path), required=True, help="Folder of the unpruned model."
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=512, show_default=True, help="Random tokens to compare."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the tokens.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, ...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def verify(
+    ctx: click.Context, pruned: Path, against: Path, tokens: int, seed: int, device: str, as_json: bool
+) -> None:
+    """Prove that the model in PRUNED equals the unpruned one with the removed experts masked.
+
+    Compares every stored tensor and the logits of random tokens; exits with 1 where they differ.
+    """
+    import json
+
+    from moeits.models.verify import verify as run
+
+    found = run(pruned, against, tokens=tokens, seed=seed, device=device)
+    if as_json:
+        click.echo(json.dumps(vars(found), indent=1))
+    else:
+        same = found.tensors - found.different
+        click.echo(f"tensors: {same:,} of {found.tensors:,} are, byte for byte, those of {against}")
+        click.echo(
+            f"logits of {found.tokens:,} tokens differ by at most {found.difference:.2g} of the largest, "
+            f"and {found.same_choice:.1%} rank the same token first"
+        )
+        click.echo("equal" if found.equal else "different")
+    ctx.exit(0 if found.equal else 1)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--kept", type=click.Path(path_type=Path), help="Count as if pruned to this kept.json.")
 def size(folder: Path, kept: Path | None) -> None:

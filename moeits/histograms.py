@@ -17,6 +17,10 @@ TABLE_CELLS = 1 << 23  # of a joint histogram at a time: 40 MiB per thread
 _XLOGX = np.arange(256) * np.log(np.maximum(np.arange(256), 1))
 
 
+class ConstantError(ValueError):
+    """All weights of a matrix are equal, so that it has no entropy."""
+
+
 class Codes(NamedTuple):
     """A discretised matrix.
 
@@ -57,8 +61,10 @@ def discretise(weights: object, bins: str | int = "auto", *, out: np.ndarray | N
 
     Raises
     ------
+    ConstantError
+        If all weights are equal.
     ValueError
-        If there are no weights, some are NaN or infinite, or all lie in one bin.
+        If there are no weights, or some are NaN or infinite.
     """
     array, bfloat16 = _as_array(weights)
     if array.size == 0:
@@ -157,7 +163,7 @@ def _edges(least: np.floating, largest: np.floating, size: int, iqr: Callable[[]
     if not np.isfinite(largest - least):
         raise ValueError("NaN or infinite weights")
     if least == largest:
-        raise ValueError(f"all weights are {least}, so the entropy is zero and NMI is not defined")
+        raise ConstantError(f"all weights are {least}, so the entropy is zero and NMI is not defined")
     if bins == "auto":
         number = auto_bins(size, float(largest - least), iqr())
     elif isinstance(bins, int | np.integer) and not isinstance(bins, bool) and bins > 0:

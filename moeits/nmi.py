@@ -6,6 +6,7 @@ entropies, are in :mod:`moeits.histograms`.
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ import joblib
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from moeits.histograms import Codes, as_float, discretise, joint_entropies, joint_entropy, occupied_cells
+from moeits.histograms import (
+    Codes,
+    ConstantError,
+    as_float,
+    discretise,
+    joint_entropies,
+    joint_entropy,
+    occupied_cells,
+)
 from moeits.machine.paths import whole
 
 CORRECTIONS = (None, "miller-madow", "null")
@@ -159,9 +168,15 @@ def nmi_matrix(
     ------
     ValueError
         If the block is empty, its projections differ in E, the weights' names are not the block's, or a
-        matrix has NaN, infinite values or zero entropy; the message names projection and expert. If the
-        correction is unknown; if projections to align are not gate, up and down; for "null" with `align`,
-        where shuffled weights have no neurons to match.
+        matrix has NaN or infinite values; the message names projection and expert. If the correction is
+        unknown; if projections to align are not gate, up and down; for "null" with `align`, where shuffled
+        weights have no neurons to match.
+
+    Notes
+    -----
+    A constant matrix has no entropy, and its NMI is not defined. It carries no information that another
+    expert lacks, so it counts as wholly redundant, NMI 1 with every other expert, with a warning: a dead
+    expert is the first that selection removes.
 
     References
     ----------
@@ -373,21 +388,33 @@ def projection_nmi(
     with ThreadPoolExecutor(workers) as pool:
         spare = room or []
 
-        def code(e: int) -> Codes:
-            return _discretise_named(
-                weights[e], bins, f"{name} of expert {e}", spare[e] if e < len(spare) else None
-            )
+        def code(e: int) -> Codes | None:
+            try:
+                return _discretise_named(
+                    weights[e], bins, f"{name} of expert {e}", spare[e] if e < len(spare) else None
+                )
+            except ConstantError:
+                return None
 
         coded = list(pool.map(code, range(experts)))
+        if dead := [expert for expert, a in enumerate(coded) if a is None]:
+            # A shuffled constant shares nothing: what "null" subtracts of it is 0.
+            R[dead, :] = R[:, dead] = 1.0 if shuffle is None else 0.0
+            np.fill_diagonal(R, 0)
+            warnings.warn(
+                f"{name} of expert {', '.join(map(str, dead))} is constant: it carries no information, and "
+                "counts as wholly redundant",
+                stacklevel=2,
+            )
         if room is not None:
-            room[:] = [a.codes for a in coded]
-        elements = {a.codes.size for a in coded}
+            room[:] = [a.codes for a in coded if a is not None]
+        elements = {a.codes.size for a in coded if a is not None}
         if len(elements) > 1:
             raise ValueError(f"{name}: the experts have different sizes, {sorted(elements)} weights")
         second = coded
         if shuffle is not None:
             second = [
-                a._replace(codes=np.random.default_rng([*shuffle, expert]).permutation(a.codes))
+                a and a._replace(codes=np.random.default_rng([*shuffle, expert]).permutation(a.codes))
                 for expert, a in enumerate(coded)
             ]
 
@@ -407,7 +434,7 @@ def projection_nmi(
             ]
 
         # A pair is one thread's from beginning to end, so that the number of threads changes no sum.
-        pairs = list(combinations(range(experts), 2))
+        pairs = list(combinations((expert for expert, a in enumerate(coded) if a is not None), 2))
         size = math.ceil(len(pairs) / 256)
         groups = [pairs[start : start + size] for start in range(0, len(pairs), size or 1)]
         for group, values in zip(groups, pool.map(of_group, groups), strict=True):
@@ -502,4 +529,4 @@ def _discretise_named(weights: object, bins: str | int, name: str, out: np.ndarr
     try:
         return discretise(weights, bins, out=out)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error

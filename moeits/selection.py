@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moeits.errors import BudgetError
 from moeits.kept import Kept
 
 DIAGONALS = ("zero", "one", "exclude")
@@ -164,27 +165,27 @@ def check_budget(
 
     Raises
     ------
-    ValueError
+    BudgetError
         If an option is out of its range, or `n_keep` does not leave the groups equally large.
     """
     if tau is not None and not (math.isfinite(tau) and tau >= 0):
-        raise ValueError(f"tau is {tau}: give a finite number, 0 or larger")
+        raise BudgetError(f"tau is {tau}: give a finite number, 0 or larger")
     if share is not None and not 0 < share <= 1:
-        raise ValueError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
+        raise BudgetError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
     if at_least < 1:
-        raise ValueError(f"at_least is {at_least}: a layer keeps 1 expert or more")
+        raise BudgetError(f"at_least is {at_least}: a layer keeps 1 expert or more")
     if groups < 1 or experts % groups:
-        raise ValueError(f"{where}{experts} experts cannot form {groups} groups of equal size")
+        raise BudgetError(f"{where}{experts} experts cannot form {groups} groups of equal size")
     if n_keep is None:
         return
     if not 1 <= n_keep <= experts:
-        raise ValueError(f"{where}n_keep is {n_keep}, but the layer has {experts} experts")
+        raise BudgetError(f"{where}n_keep is {n_keep}, but the layer has {experts} experts")
     if n_keep < at_least:
-        raise ValueError(f"{where}n_keep is {n_keep}, below the floor of {at_least} experts per layer")
+        raise BudgetError(f"{where}n_keep is {n_keep}, below the floor of {at_least} experts per layer")
     if n_keep % groups:
         lower = n_keep - n_keep % groups
         near = " or ".join(str(n) for n in (lower, lower + groups) if n >= at_least)
-        raise ValueError(
+        raise BudgetError(
             f"{where}n_keep is {n_keep}, but the router selects among {groups} groups of experts, which must "
             f"stay equally large: choose {near}"
         )
@@ -253,7 +254,7 @@ def select_share(
     target = share * total
     fewest, most = kept(taus[0]), kept(taus[-1])
     if not fewest - groups < target < most + groups:
-        raise ValueError(
+        raise BudgetError(
             f"a share of {share:g} of {total} experts is out of reach: tau >= 0 keeps {fewest} to {most}. "
             "Choose a number per layer (n_keep), another diagonal or another at_least"
         )

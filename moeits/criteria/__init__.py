@@ -30,6 +30,7 @@ from moeits.criteria.base import (
     uniform,
     whole_groups,
 )
+from moeits.errors import BudgetError
 from moeits.machine.keys import by_value
 
 
@@ -135,12 +136,12 @@ def _named(part: object) -> object:
 
 def _check_number(layer: Layer, n_keep: int, groups: int = 1) -> None:
     if n_keep % groups:
-        raise ValueError(
+        raise BudgetError(
             f"layer {layer.number}: cannot keep {n_keep} experts: the router selects among {groups} groups, "
             "which must stay equally large"
         )
     if not layer.minimum <= n_keep <= layer.experts:
-        raise ValueError(
+        raise BudgetError(
             f"layer {layer.number}: cannot keep {n_keep} of {layer.experts} experts, at least {layer.minimum}"
         )
 

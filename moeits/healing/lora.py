@@ -528,7 +528,8 @@ def heal(
     Parameters
     ----------
     source, target : path
-        Folder of a model, whole or pruned, and the folder to make, written whole or not at all. Checkpoints
+        Folder of a model, whole or pruned, and the folder to make, written whole or not at all, in the types
+        that the source stores, whatever is computed in. Checkpoints
         of the training lie beside it, in ``TARGET.healing``, until it is done.
     recipe : Recipe, optional
         Settings of the LoRA training; None for no training.
@@ -551,18 +552,16 @@ def heal(
 
     Raises
     ------
-    FileExistsError
-        If the target exists.
+    ExistsError, PlaceError
+        If the target exists or cannot be written.
     ValueError, HealingError
         As :func:`restore`; also if there is nothing to do.
     """
     from transformers import AutoTokenizer
 
-    from moeits.models.folder import load_model, save_model
+    from moeits.models.folder import carry_files, check_target, load_model, save_model, store_as
 
-    target = Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
+    target = check_target(target)
     if recipe is None and refit_to is None:
         raise ValueError("nothing to do: give a recipe, the whole model to refit to, or both")
     if shard:
@@ -585,12 +584,13 @@ def heal(
         together.wait_for_everyone()
         if not together.is_main_process:
             return report
+    store_as(model, source)
     with whole(target) as part:
         if getattr(model, "kept", None) is None:
             model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+            carry_files(Path(source), part)
         else:
-            save_model(model, part, tokenizer=tokenizer)
+            save_model(model, part)
         (part / "healing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return report

@@ -4,17 +4,17 @@ The layers and their shapes come from the configuration; where their weights lie
 headers of the files. Nothing here is written for one model.
 """
 
-import errno
 import json
 import os
 import re
 import shutil
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from moeits.errors import BudgetError, MoeitsError, PlaceError
 from moeits.kept import Kept
 from moeits.machine.keys import code_digest, digest, versions
 from moeits.machine.paths import CACHE, check_writable, whole
@@ -217,8 +218,8 @@ def _check_quantisation(
         name for name in tensors if re.search(r"scales?(_inv)?$|q(weight|zeros)$|_packed$|absmax$", name)
     ]
     if scaled or {tensor.dtype for tensor in tensors.values()} - set(_DTYPES) - {"I64", "I32", "BOOL"}:
-        raise ValueError(f"{folder}: the weights are quantised ({method}); save the model dequantised first")
-    raise ValueError(
+        raise MoeitsError(f"{folder}: the weights are quantised ({method}); save the model dequantised first")
+    raise MoeitsError(
         f"{Path(folder) / 'config.json'} says that the weights are quantised ({method}), but they are stored "
         "in floating point: remove the key 'quantization_config' from it"
     )
@@ -256,13 +257,14 @@ def check_prunable(
 
     Raises
     ------
-    FileExistsError, PermissionError, NotADirectoryError
-        If the target exists or cannot be written, or the cache cannot.
+    ExistsError, PlaceError
+        If the target exists, it or the cache cannot be written, or the disk is too small for the smallest
+        model that the budget allows.
+    BudgetError
+        If the budget cannot be kept.
     FileNotFoundError, ValueError
-        As :func:`expert_blocks`; if the folder holds more than a language model, a router is stored in a way
-        that is not known, or the budget cannot be kept.
-    OSError
-        If the disk is too small for the smallest model that the budget allows.
+        As :func:`expert_blocks`; if the folder holds more than a language model, or a router is stored in a
+        way that is not known.
     """
     source = Path(source)
     check_writable(CACHE)
@@ -290,7 +292,7 @@ def check_prunable(
     if share is not None:
         total, least = sum(layer.num_experts for layer in layers.values()), sum(fewest.values())
         if share * total <= least - groups:
-            raise ValueError(
+            raise BudgetError(
                 f"a share of {share:g} of {total} experts is out of reach: {least} must stay, "
                 f"at least {floor} in every layer"
             )
@@ -317,9 +319,10 @@ def _layers_of(source: Path) -> dict[int, MoELayer]:
 
 
 def _check_disk(target: Path, size: int) -> None:
-    place = check_writable(target.parent)
-    if (free := shutil.disk_usage(place).free) < size:
-        raise OSError(errno.ENOSPC, f"the pruned model needs {size:,} bytes, free are {free:,}", str(target))
+    if (free := shutil.disk_usage(target.absolute().parent).free) < size:
+        raise PlaceError(
+            f"{target}: the pruned model needs {size:,} bytes, free are {free:,}: choose a larger disk"
+        )
 
 
 def measure_nmi(
@@ -437,13 +440,11 @@ def prune_checkpoint(
 
     Raises
     ------
-    FileExistsError
-        If `target` exists.
+    ExistsError, PlaceError
+        If `target` exists or cannot be written; if the disk is too small, before anything is written.
     FileNotFoundError, ValueError
         As :func:`expert_blocks` and :func:`moeits.models.surgery.complete`; if `kept` is of another model by
         its fingerprint; if an expert or router that stays holds NaN or infinite values.
-    OSError
-        If the disk is too small, before anything is written, or cannot be written.
     """
     source, target = Path(source), check_target(target)
     layers = _layers_of(source)
@@ -550,6 +551,26 @@ def _pieces(
                 f"of which the checkpoint holds {routers[number]} with {layer.num_experts} experts"
             )
     return pieces
+
+
+def stored_bytes(folder: str | Path, kept: Kept | None = None) -> dict[str, Callable[[], bytes]]:
+    """Readers of the bytes of every tensor of a checkpoint, or of what it would be once pruned, by name.
+
+    Raises
+    ------
+    ValueError
+        As :func:`expert_blocks` and :func:`moeits.models.surgery.complete`.
+    """
+    tensors, layers = stored_tensors(folder), _layers_of(Path(folder))
+    everyone = {number: range(layer.num_experts) for number, layer in layers.items()}
+    chosen = everyone if kept is None else complete(kept, list(layers.values())).layers
+
+    def read(piece: _Piece) -> bytes:
+        with piece.tensor.file.open("rb", buffering=0) as stored:
+            return b"".join(os.pread(stored.fileno(), length, start) for start, length in piece.runs)
+
+    pieces = _pieces(tensors.values(), layers, chosen)
+    return {piece.name: partial(read, piece) for piece in pieces}
 
 
 def _experts_dimension(tensor: StoredTensor, experts: int) -> int | None:

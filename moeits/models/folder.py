@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pprint import pformat
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from moeits.errors import ExistsError
 from moeits.kept import Kept, versions
 from moeits.machine.paths import check_writable, whole
 from moeits.models.card import model_card, read_card
@@ -22,7 +24,7 @@ from moeits.models.families import (
     refusal,
     sizes,
 )
-from moeits.models.safetensors import inside
+from moeits.models.safetensors import inside, stored_tensors
 from moeits.models.surgery import (
     cut_experts,
     refuse_router_loss,
@@ -78,8 +80,8 @@ def save_model(
 
     Raises
     ------
-    FileExistsError
-        If the folder exists.
+    ExistsError, PlaceError
+        If the folder exists, or nothing can be written there.
     ValueError
         If the model was not pruned.
     """
@@ -89,7 +91,8 @@ def save_model(
             "this model was not pruned: save it with model.save_pretrained, or prune_model it first"
         )
     with whole(folder) as part:
-        type(model).save_pretrained(model, part, max_shard_size=max_shard_size)
+        # The family's own, for the rest follows with the tokenizer and the scores.
+        super(type(model), model).save_pretrained(part, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         complete_folder(model, part, scores=scores)
@@ -122,15 +125,15 @@ def check_target(target: str | Path) -> Path:
 
     Raises
     ------
-    FileExistsError
+    ExistsError
         If it exists.
     PlaceError
         If nothing can be written where it is to lie.
     """
     target = Path(target)
     if target.exists():
-        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
-    check_writable(target.parent)
+        raise ExistsError(f"{target} exists: choose another folder, or remove it first")
+    check_writable(target.absolute().parent)
     return target
 
 
@@ -255,6 +258,34 @@ def load_model(
         model.kept = Kept.read(file)
         save_whole_folders(model)
     return model
+
+
+def store_as(model: "PreTrainedModel", source: str | Path) -> None:
+    """Cast a model to the type in which a folder stores it, in place; what the family keeps in float32 stays.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Model that was loaded from the folder in a type to compute in.
+    source : str or Path
+        The folder.
+    """
+    stored = Counter()
+    for tensor in stored_tensors(source).values():
+        stored[tensor.dtype] += tensor.stop - tensor.start
+    name = max(stored.keys() & _DTYPE_NAMES.keys(), key=stored.__getitem__)
+    dtype = getattr(torch, _DTYPE_NAMES[name])
+    in_float32 = {*(model._keep_in_fp32_modules_strict or ())}
+    if dtype == torch.float16:
+        in_float32 |= {*(model._keep_in_fp32_modules or ())}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(part in key for part in in_float32):
+            tensor.data = tensor.data.to(dtype)
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        config.dtype = dtype
+
+
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_config(folder: str | Path) -> "PreTrainedConfig":

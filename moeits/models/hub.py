@@ -10,9 +10,15 @@ import os
 import shutil
 from pathlib import Path
 
+from moeits.errors import MoeitsError
 from moeits.machine.paths import CACHE, whole
+from moeits.models.folder import CARRIED
+from moeits.models.safetensors import INDEX
 
-FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+FILES = (
+    *("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md"),
+)
 """What is downloaded: no pickled weights, no code."""
 
 
@@ -81,6 +87,10 @@ def download(repository: str, revision: str | None = None, *, pins: Path | None 
     return folder
 
 
+PUSHED = (*CARRIED, "config.json", "kept.json", "README.md", "*.safetensors", INDEX, "*.py")
+"""What is sent: the files that a pruned folder is made of."""
+
+
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
     """Send the pruned model in a folder, with its card, to the hub.
 
@@ -101,18 +111,28 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     Raises
     ------
     ValueError
-        If the folder is no pruned model or has no card, or the hub refuses.
+        If the folder is no pruned model or has no card, or the hub refuses or cannot be reached.
+
+    Notes
+    -----
+    Files that moeits does not write into a folder stay at home: what was put there by hand may be private.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
     check_pushable(folder)
     hub = HfApi()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
-        return str(hub.upload_folder(repo_id=repository, folder_path=folder))
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(PUSHED)))
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise ValueError(f"the hub refused: {error}; log in with `hf auth login`, or set HF_TOKEN") from error
+        raise MoeitsError(
+            f"the hub refused: {error}; log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise MoeitsError(
+            f"the hub cannot be reached: {error}; nothing is lost: run again with a network"
+        ) from error
 
 
 def check_pushable(folder: Path) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from moeits.errors import MoeitsError
 from moeits.machine.keys import once_for_file
 
 INDEX = "model.safetensors.index.json"
@@ -54,7 +55,7 @@ def inside(folder: Path, name: str, named_by: str) -> Path:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the name, or the link that it is, leaves the folder.
     """
     file = folder / name
@@ -62,7 +63,7 @@ def inside(folder: Path, name: str, named_by: str) -> Path:
     cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     leaves = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
     if leaves or not (target.is_relative_to(home) or (file.is_symlink() and cached)):
-        raise ValueError(
+        raise MoeitsError(
             f"{named_by} names {name!r}, which lies outside {folder}: a model is read from its own folder "
             "alone; put the file there and correct the name"
         )

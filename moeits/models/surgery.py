@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,15 +93,25 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
 
 def save_whole_folders(model: nn.Module) -> None:
     """Have ``model.save_pretrained`` write the loading code, ``kept.json`` and the card of a pruned model."""
+    if not hasattr(model, "saves_whole_folders"):
+        model.__class__ = _saving_whole_folders(type(model))
+
+
+@cache
+def _saving_whole_folders(native: type) -> type:
+    """Subclass by the same name, by which transformers converts the names of tensors."""
 
     def save_pretrained(self: nn.Module, save_directory: str, *args: object, **options: object) -> None:
         from moeits.models.folder import complete_folder
 
-        type(self).save_pretrained(self, save_directory, *args, **options)
+        super(saving, self).save_pretrained(save_directory, *args, **options)
         if options.get("is_main_process", True):
             complete_folder(self, Path(save_directory))
 
-    model.save_pretrained = MethodType(save_pretrained, model)
+    names = {"__module__": native.__module__, "__qualname__": native.__qualname__}
+    own = {"save_pretrained": save_pretrained, "saves_whole_folders": True}
+    saving = type(native.__name__, (native,), names | own)
+    return saving
 
 
 def warn_of_top_k(kept: Kept) -> None:

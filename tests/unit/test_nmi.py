@@ -26,6 +26,7 @@ from moeits.nmi import (
     read_matrices,
     write_matrices,
 )
+from moeits.selection import select_experts
 
 LABELS = st.lists(st.integers(0, 12), min_size=2, max_size=200)
 
@@ -241,10 +242,24 @@ def test_one_expert_has_a_matrix_of_one_zero():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_constant_expert_is_the_first_to_go(dtype):
+    W = torch.from_numpy(normal(5, 8, 10)).to(getattr(torch, dtype))
+    others = nmi_matrix({"up": torch.cat([W[:2], W[3:]])})
+    W[2] = 0.25
+    with pytest.warns(UserWarning, match="up of expert 2 is constant"):
+        R = nmi_matrix({"up": W})
+    left = [0, 1, 3, 4]
+    np.testing.assert_array_equal(R[np.ix_(left, left)], others)
+    np.testing.assert_array_equal(R[2], [1, 1, 0, 1, 1])
+    assert select_experts(R, n_keep=4).removed == (2,)
+    with pytest.raises(ValueError, match=r"y: .*entropy is zero"):
+        nmi(W[0], W[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda W: W.fill_(0.25), "entropy is zero"),
         (lambda W: W[3, 4].fill_(math.nan), "NaN or infinite"),
         (lambda W: W[0, 0].fill_(math.inf), "NaN or infinite"),
         (lambda W: W[0, 0].fill_(-math.inf), "NaN or infinite"),
