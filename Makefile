@@ -81,6 +81,9 @@ bench: env ## time the NMI on layers of the paper's exact shapes, and the scorin
 paper-check: env ## take the whole chain through stand-ins of the paper's models at full width
 	$(RUN)python benchmarks/standins.py
 
+check-records: env ## measure a few of the records in data/reference again, and compare (some minutes)
+	$(RUN)python -m moeits.study.reference --check
+
 reference: env ## copy the laptop profile's records to data/reference and their table into the README
 	$(RUN)python -m moeits.study.reference
 

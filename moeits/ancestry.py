@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from moeits.errors import MoeitsError
 from moeits.nmi import nmi_matrix
 from moeits.selection import select_experts
 
@@ -83,11 +84,11 @@ def ancestry(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         As :func:`moeits.nmi.nmi_matrix`; or for fewer than one shuffle.
     """
     if draws < 1:
-        raise ValueError(f"draws is {draws}: shuffle once or more")
+        raise MoeitsError(f"draws is {draws}: shuffle once or more")
     R = nmi_matrix(block, align=align, n_jobs=n_jobs)
     pairs = np.triu_indices(len(R), 1)
     random = np.random.default_rng(seed)

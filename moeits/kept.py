@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import whole
 
 SCHEMA = 1
@@ -45,7 +46,7 @@ class Kept:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a layer's kept experts are empty, repeated, out of order or out of range.
     """
 
@@ -61,16 +62,16 @@ class Kept:
 
     def __post_init__(self):
         if set(self.layers) != set(self.num_experts):
-            raise ValueError("kept experts: `layers` and `num_experts` name different layers")
+            raise MoeitsError("kept experts: `layers` and `num_experts` name different layers")
         for layer, ids in self.layers.items():
             if not ids:
-                raise ValueError(f"kept experts: layer {layer} keeps none")
+                raise MoeitsError(f"kept experts: layer {layer} keeps none")
             if list(ids) != sorted(set(ids)):
-                raise ValueError(
+                raise MoeitsError(
                     f"kept experts: layer {layer} must be ascending without repetition: {list(ids)}"
                 )
             if ids[0] < 0 or ids[-1] >= self.num_experts[layer]:
-                raise ValueError(
+                raise MoeitsError(
                     f"kept experts: layer {layer} has {self.num_experts[layer]} experts, got {list(ids)}"
                 )
 
@@ -90,9 +91,9 @@ class Kept:
 
         Raises
         ------
-        FileNotFoundError
+        MissingError
             If there is no such file.
-        ValueError
+        MoeitsError
             If it is not a ``kept.json``, naming what is wrong with it.
         """
         try:
@@ -101,18 +102,18 @@ class Kept:
             if schema is None:
                 content |= {"top_k": {}, "versions": {}}
             elif schema != SCHEMA:
-                raise ValueError(f"its schema is {schema}, this moeits reads {SCHEMA}: update moeits")
+                raise MoeitsError(f"its schema is {schema}, this moeits reads {SCHEMA}: update moeits")
             for name in ("layers", "num_experts", "threshold", "top_k"):
                 content[name] = {int(layer): value for layer, value in content[name].items()}
             content["layers"] = {layer: tuple(map(int, ids)) for layer, ids in content["layers"].items()}
             content["top_k"] = {layer: tuple(pair) for layer, pair in content["top_k"].items()}
             kept = cls(**content)
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise MissingError(f"{path} does not exist: make it with `moeits select`") from error
         except KeyError as error:
-            raise ValueError(f"{path} is not a kept.json: it has no {error.args[0]!r}") from error
+            raise MoeitsError(f"{path} is not a kept.json: it has no {error.args[0]!r}") from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a valid kept.json: {error}") from error
+            raise MoeitsError(f"{path} is not a valid kept.json: {error}") from error
         if schema is None:
             warnings.warn(
                 f"{path} has no schema number: an older moeits wrote it; the next release may not read it: "

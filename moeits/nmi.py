@@ -17,6 +17,7 @@ import joblib
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.histograms import (
     Codes,
     ConstantError,
@@ -63,13 +64,13 @@ class Preset:
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If the preset has no weights for the family.
         """
         if self.weights is None:
             return None
         if family not in self.weights:
-            raise ValueError(
+            raise MoeitsError(
                 f"the authors' code has projection weights for {', '.join(self.weights)}, not for {family}: "
                 'use the preset "paper" (plain mean), or give the weights yourself'
             )
@@ -108,7 +109,7 @@ def nmi(x: object, y: object, *, bins: str | int = "auto", normalizer: str = "ge
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a matrix is empty, holds NaN or infinite values, or has a single value (its entropy is zero); if
         the sizes differ.
 
@@ -121,10 +122,12 @@ def nmi(x: object, y: object, *, bins: str | int = "auto", normalizer: str = "ge
     0.0
     """
     if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer is {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
+        raise MoeitsError(f"normalizer is {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
     a, b = _discretise_named(x, bins, "x"), _discretise_named(y, bins, "y")
     if a.codes.size != b.codes.size:
-        raise ValueError(f"x has {a.codes.size} elements and y has {b.codes.size}: they must be equally many")
+        raise MoeitsError(
+            f"x has {a.codes.size} elements and y has {b.codes.size}: they must be equally many"
+        )
     return _normalise(a.entropy, b.entropy, joint_entropy(a, b), normalizer)
 
 
@@ -166,7 +169,7 @@ def nmi_matrix(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the block is empty, its projections differ in E, the weights' names are not the block's, or a
         matrix has NaN or infinite values; the message names projection and expert. If the correction is
         unknown; if projections to align are not gate, up and down; for "null" with `align`, where shuffled
@@ -184,9 +187,11 @@ def nmi_matrix(
     """
     if correction not in CORRECTIONS:
         known = ", ".join(map(repr, CORRECTIONS))
-        raise ValueError(f"correction is {correction!r}: choose one of {known}")
+        raise MoeitsError(f"correction is {correction!r}: choose one of {known}")
     if correction == "null" and align:
-        raise ValueError('correction="null" is not defined with align=True: shuffled weights have no neurons')
+        raise MoeitsError(
+            'correction="null" is not defined with align=True: shuffled weights have no neurons'
+        )
     orders = _matched(block) if align else None
     room: list[np.ndarray] = []
     R = _sum_of_projections(
@@ -235,7 +240,7 @@ def null_nmi(
         Each symmetric, zero diagonal.
     """
     if draws < 1:
-        raise ValueError(f"draws is {draws}: shuffle once or more")
+        raise MoeitsError(f"draws is {draws}: shuffle once or more")
     return np.stack(
         [
             _sum_of_projections(
@@ -276,7 +281,7 @@ def nmi_zscores(
         Symmetric, zero diagonal.
     """
     if draws < 2:
-        raise ValueError(f"draws is {draws}: a standard deviation needs 2 shuffles or more")
+        raise MoeitsError(f"draws is {draws}: a standard deviation needs 2 shuffles or more")
     options = {"bins": bins, "projection_weights": projection_weights, "n_jobs": n_jobs}
     null = null_nmi(block, draws, seed=seed, **options)
     spread = null.std(axis=0, ddof=1)
@@ -307,7 +312,7 @@ def match_neurons(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def _matched(block: Mapping[str, object]) -> dict[tuple[int, int], np.ndarray]:
     """For each pair of experts, the order of the second one's neurons."""
     if set(block) - set(_NEURON_AXIS):
-        raise ValueError(
+        raise MoeitsError(
             f"align=True knows the neurons of gate, up and down, the block has {', '.join(block)}"
         )
     experts = len(next(iter(block.values()), ()))
@@ -328,7 +333,7 @@ def _sum_of_projections(
 ) -> np.ndarray:
     """Add up what is measured of every projection, by their weights."""
     if not len(block):
-        raise ValueError("the block is empty: it has no projection")
+        raise MoeitsError("the block is empty: it has no projection")
     shares = _normalised(projection_weights, list(block))
     R = None
     for projection in block:
@@ -337,7 +342,7 @@ def _sum_of_projections(
         if R is None:
             R = np.zeros_like(part)
         if len(part) != len(R):
-            raise ValueError(f"{projection} has {len(part)} experts, the projections before it {len(R)}")
+            raise MoeitsError(f"{projection} has {len(part)} experts, the projections before it {len(R)}")
         R += shares[projection] * part
     return R
 
@@ -380,10 +385,10 @@ def projection_nmi(
     """
     experts = len(weights)
     if not experts:
-        raise ValueError(f"{name}: there are no experts")
+        raise MoeitsError(f"{name}: there are no experts")
     workers = joblib.cpu_count() if n_jobs is None else n_jobs
     if workers < 1:
-        raise ValueError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")
+        raise MoeitsError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")
     R = np.zeros((experts, experts))
     with ThreadPoolExecutor(workers) as pool:
         spare = room or []
@@ -410,7 +415,7 @@ def projection_nmi(
             room[:] = [a.codes for a in coded if a is not None]
         elements = {a.codes.size for a in coded if a is not None}
         if len(elements) > 1:
-            raise ValueError(f"{name}: the experts have different sizes, {sorted(elements)} weights")
+            raise MoeitsError(f"{name}: the experts have different sizes, {sorted(elements)} weights")
         second = coded
         if shuffle is not None:
             second = [
@@ -474,9 +479,9 @@ def read_matrices(path: str | Path) -> tuple[dict[int, np.ndarray], dict[str, ob
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If there is no such file.
-    ValueError
+    MoeitsError
         If it was not written by :func:`write_matrices`.
     """
     try:
@@ -484,11 +489,11 @@ def read_matrices(path: str | Path) -> tuple[dict[int, np.ndarray], dict[str, ob
             settings = json.loads(file["settings"].item())
             names = (name for name in file.files if name.startswith("layer_"))
             matrices = {int(name.removeprefix("layer_")): file[name] for name in names}
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} does not exist: make it with `moeits nmi`") from error
     except Exception as error:
         # np.load raises a different class for every way a file can be damaged.
-        raise ValueError(f"{path} is not an nmi.npz of `moeits nmi`: {error}") from error
+        raise MoeitsError(f"{path} is not an nmi.npz of `moeits nmi`: {error}") from error
     return dict(sorted(matrices.items())), settings
 
 
@@ -496,12 +501,12 @@ def _normalised(weights: Mapping[str, float] | None, projections: list[str]) -> 
     if weights is None:
         return dict.fromkeys(projections, 1 / len(projections))
     if set(weights) != set(projections):
-        raise ValueError(
+        raise MoeitsError(
             f"projection_weights names {', '.join(weights) or 'none'}, the block has {', '.join(projections)}"
         )
     total = math.fsum(weights.values())
     if not (all(weight >= 0 for weight in weights.values()) and 0 < total < math.inf):
-        raise ValueError(f"projection_weights must be finite, not negative, not all zero: {dict(weights)}")
+        raise MoeitsError(f"projection_weights must be finite, not negative, not all zero: {dict(weights)}")
     return {projection: weight / total for projection, weight in weights.items()}
 
 

@@ -3,6 +3,7 @@
 import pandas as pd
 import yaml
 
+from moeits.errors import MoeitsError
 from moeits.machine.paths import DATA
 
 CITATION = "balderas2026moeits"
@@ -37,18 +38,18 @@ def table(number: int) -> pd.DataFrame:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         Unknown table, or a value that is no percentage.
     """
     if number not in TABLES:
-        raise ValueError(f"the paper's result tables are {sorted(TABLES)}, not {number!r}")
+        raise MoeitsError(f"the paper's result tables are {sorted(TABLES)}, not {number!r}")
     model, file = TABLES[number]
     printed = pd.read_csv(DATA / "paper" / file)
     scores = printed[list(TASKS)]
     numbers = printed.select_dtypes("number")
     wrong = ((numbers < 0) | (numbers > 100)).any(axis=1)
     if wrong.any():
-        raise ValueError(f"{file}: no percentage in the row of {', '.join(printed.method[wrong])}")
+        raise MoeitsError(f"{file}: no percentage in the row of {', '.join(printed.method[wrong])}")
     return printed.assign(average=scores.mean(axis=1), tasks=scores.notna().sum(axis=1), model=model)
 
 

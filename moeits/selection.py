@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeits.errors import BudgetError
+from moeits.errors import BudgetError, MoeitsError
 from moeits.kept import Kept
 
 DIAGONALS = ("zero", "one", "exclude")
@@ -105,7 +105,7 @@ def select_experts(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If R is not a finite symmetric matrix, or an option is out of its range; if `n_keep` is no multiple of
         `groups`.
 
@@ -135,7 +135,7 @@ def select_experts(
     """
     R = _checked(R)
     if (tau is None) == (n_keep is None):
-        raise ValueError("give either tau or n_keep")
+        raise MoeitsError("give either tau or n_keep")
     check_budget(len(R), n_keep=n_keep, tau=tau, at_least=at_least, groups=groups)
     if n_keep is not None:
         return _selection(len(R), tuple(_removals(R, groups))[: len(R) - n_keep], threshold=None)
@@ -222,11 +222,11 @@ def select_share(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If no tau >= 0 reaches the share.
     """
     if not matrices:
-        raise ValueError("there is no layer to select from")
+        raise MoeitsError("there is no layer to select from")
     layers = {}
     for layer, matrix in matrices.items():
         R = _checked(matrix, f"layer {layer}: ")
@@ -294,13 +294,13 @@ def select_layers(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If not exactly one budget is given, or it is out of range.
     """
     given = {"tau": tau, "n_keep": n_keep, "share": share}
     budget = {name: value for name, value in given.items() if value is not None}
     if len(budget) != 1:
-        raise ValueError("give exactly one of tau, n_keep and share")
+        raise MoeitsError("give exactly one of tau, n_keep and share")
     options = {"diagonal": diagonal, "at_least": at_least, "groups": groups}
     if share is not None:
         found, selections = select_share(matrices, share, **options)
@@ -311,19 +311,19 @@ def select_layers(
 def _checked(R: np.ndarray, where: str = "") -> np.ndarray:
     R = np.asarray(R, dtype=np.float64)
     if R.ndim != 2 or R.shape[0] != R.shape[1] or R.size == 0:
-        raise ValueError(f"{where}R must be a square matrix with a row for each expert, got shape {R.shape}")
+        raise MoeitsError(f"{where}R must be a square matrix with a row for each expert, got shape {R.shape}")
     off_diagonal = R[~np.eye(len(R), dtype=bool)]
     if not np.isfinite(off_diagonal).all():
-        raise ValueError(f"{where}R holds NaN or infinite values")
+        raise MoeitsError(f"{where}R holds NaN or infinite values")
     if not np.allclose(R, R.T, rtol=1e-9, atol=1e-12, equal_nan=True):
-        raise ValueError(f"{where}R is not symmetric: fill both triangles")
+        raise MoeitsError(f"{where}R is not symmetric: fill both triangles")
     return R
 
 
 def _location(R: np.ndarray, diagonal: str) -> tuple[float, float]:
     """Mean and interquartile range (linear interpolation) of R, read once before anything is removed."""
     if diagonal not in DIAGONALS:
-        raise ValueError(f"diagonal is {diagonal!r}: choose one of {', '.join(DIAGONALS)}")
+        raise MoeitsError(f"diagonal is {diagonal!r}: choose one of {', '.join(DIAGONALS)}")
     if diagonal == "exclude":
         entries = R[~np.eye(len(R), dtype=bool)]
     else:

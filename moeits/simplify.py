@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeits.errors import MoeitsError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -51,7 +53,7 @@ def simplify(
         model = load_model(model)
     layers = moe_layers(model)
     if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
+        raise MoeitsError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
     weights = chosen.projection_weights(model.config.model_type)
     matrices = {

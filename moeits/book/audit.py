@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeits import paper
+from moeits.errors import MoeitsError
 from moeits.machine.paths import DATA
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def load(path: Path = DATA / "paper" / "claims.yaml") -> list[Claim]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a row is malformed, its id is there twice, it has no evidence, or what its check computes differs
         from what the row says; the message names the row.
     """
@@ -121,29 +122,31 @@ def load(path: Path = DATA / "paper" / "claims.yaml") -> list[Claim]:
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise ValueError(f"claim {name!r}: {where}: {problem['msg']}") from error
+            raise MoeitsError(f"claim {name!r}: {where}: {problem['msg']}") from error
         rows.append(_checked(row))
     names = [row.id for row in rows]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"claims are there twice: {', '.join(sorted(repeated))}")
+        raise MoeitsError(f"claims are there twice: {', '.join(sorted(repeated))}")
     return rows
 
 
 def _checked(row: Claim) -> Claim:
     if not (row.check or row.page or row.source):
-        raise ValueError(f"claim {row.id!r} has no evidence: give a check, a page or a source")
+        raise MoeitsError(f"claim {row.id!r} has no evidence: give a check, a page or a source")
     if row.check is None:
         return row
     if row.check not in CHECKS:
-        raise ValueError(f"claim {row.id!r}: no check {row.check!r}; there are {', '.join(CHECKS)}")
+        raise MoeitsError(f"claim {row.id!r}: no check {row.check!r}; there are {', '.join(CHECKS)}")
     found = CHECKS[row.check]()
     if found.verdict != row.verdict:
-        raise ValueError(f"claim {row.id!r}: its check finds {found.verdict!r}, the row says {row.verdict!r}")
+        raise MoeitsError(
+            f"claim {row.id!r}: its check finds {found.verdict!r}, the row says {row.verdict!r}"
+        )
     if missing := row.numbers.keys() - found.numbers.keys():
-        raise ValueError(f"claim {row.id!r} pins {sorted(missing)}, its check has {sorted(found.numbers)}")
+        raise MoeitsError(f"claim {row.id!r} pins {sorted(missing)}, its check has {sorted(found.numbers)}")
     for name, pinned in row.numbers.items():
         if not isclose(found.numbers[name], pinned, rel_tol=0, abs_tol=PRECISION + 1e-9):
-            raise ValueError(f"claim {row.id!r}: {name} is {found.numbers[name]:.4f}, the row pins {pinned}")
+            raise MoeitsError(f"claim {row.id!r}: {name} is {found.numbers[name]:.4f}, the row pins {pinned}")
     return row.model_copy(update={"finding": row.finding.format(**found.numbers)})
 
 

@@ -9,6 +9,7 @@ from math import inf, isclose, log
 import numpy as np
 
 from moeits import paper
+from moeits.errors import MoeitsError
 from moeits.nmi import nmi, nmi_matrix
 from moeits.selection import select_experts, select_share
 from moeits.study import planted
@@ -29,11 +30,11 @@ def check(name: str, answer: Callable) -> bool:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no such exercise.
     """
     if name not in EXERCISES:
-        raise ValueError(f"no exercise {name!r}: there are {', '.join(EXERCISES)}")
+        raise MoeitsError(f"no exercise {name!r}: there are {', '.join(EXERCISES)}")
     try:
         problem = next(EXERCISES[name](answer), None)
     except Exception as error:  # whatever the reader's function raises is their answer

@@ -22,6 +22,7 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 
+from moeits.errors import MoeitsError
 from moeits.machine.paths import DATA, whole
 
 # Okabe and Ito's colours, told apart by every common kind of colour vision (https://jfly.uni-koeln.de/color/).
@@ -91,11 +92,11 @@ def label(kind: str, name: str) -> str:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the name has another form.
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or name.startswith(("fig-", "tab-")):
-        raise ValueError(
+        raise MoeitsError(
             f"name {name!r}: give lower-case words joined by hyphens, without 'fig-', such as 'nmi-heatmap'"
         )
     return "-".join(filter(None, (kind, name, os.environ.get("MOEITS_VARIANT"))))
@@ -131,13 +132,13 @@ def save(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If caption, alt text or data are missing, or this notebook has already saved a figure of that name.
     """
     figure_label = label("fig", name)
     alt = _line(alt)
     if len(alt) < SHORTEST_ALT:
-        raise ValueError(
+        raise MoeitsError(
             f"{figure_label}: alt text {alt!r} is too short; tell the figure's finding in at least "
             f"{SHORTEST_ALT} characters"
         )
@@ -183,7 +184,7 @@ def table(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If caption or data are missing, a format names no column, or this notebook has already saved a table
         of that name.
     """
@@ -194,7 +195,7 @@ def table(
     shown = data.reset_index() if _named(data.index) else data
     formats = dict(formats or {})
     if unknown := formats.keys() - set(shown.columns):
-        raise ValueError(f"{table_label}: formats for {sorted(unknown)}, columns are {list(shown.columns)}")
+        raise MoeitsError(f"{table_label}: formats for {sorted(unknown)}, columns are {list(shown.columns)}")
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in shown.dtypes]
     cells = [
         [_cell(value, formats.get(column, "")) for column, value in zip(shown.columns, row, strict=True)]
@@ -222,10 +223,10 @@ def glue(name: str, value: Any) -> None:
         The value.
     """
     if not name.isidentifier():
-        raise ValueError(f"glue {name!r}: give a Python name, such as 'kept_share'")
+        raise MoeitsError(f"glue {name!r}: give a Python name, such as 'kept_share'")
     value = value.item() if hasattr(value, "item") else value
     if not isinstance(value, int | float | str):
-        raise ValueError(f"glue {name!r}: {type(value).__name__} is not a number or a text")
+        raise MoeitsError(f"glue {name!r}: {type(value).__name__} is not a number or a text")
     if get_ipython() is not None:
         # what myst_nb.glue does, which would load Sphinx into every notebook
         prefix = "application/papermill.record/"
@@ -260,11 +261,11 @@ def _side(
     label: str, caption: str, data: pd.DataFrame, records: Iterable[Any], files: tuple[str, ...]
 ) -> dict[str, Any]:
     if not caption.strip():
-        raise ValueError(f"{label}: no caption; say what is shown, with units and n")
+        raise MoeitsError(f"{label}: no caption; say what is shown, with units and n")
     if data.empty:
-        raise ValueError(f"{label}: no data; give the numbers that are shown as a DataFrame")
+        raise MoeitsError(f"{label}: no data; give the numbers that are shown as a DataFrame")
     if isinstance(records, str):
-        raise ValueError(f"{label}: records is one string; give a list of ids")
+        raise MoeitsError(f"{label}: records is one string; give a list of ids")
     return {
         "label": label,
         "caption": _line(caption),
@@ -278,7 +279,7 @@ def _write(side: dict[str, Any], files: Mapping[str, bytes]) -> None:
     target = folder()
     made = target / f"{side['label']}.json"
     if os.environ.get("MOEITS_FIGURES") and made.exists():
-        raise ValueError(f"{side['label']} is already saved in this notebook: give this one another name")
+        raise MoeitsError(f"{side['label']} is already saved in this notebook: give this one another name")
     content = {**files, "json": (json.dumps(side, indent=1, ensure_ascii=False) + "\n").encode()}
     for kind, data in content.items():
         with whole(target / f"{side['label']}.{kind}") as part:

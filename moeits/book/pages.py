@@ -14,6 +14,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import CACHE, ROOT
 from moeits.study.records import Record, environment, read
@@ -58,7 +59,7 @@ def make_page(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the prose names an unknown value, or a figure or table a record that does not exist.
     """
     values = {"page": about["page"], **values, **_glued(executed)}
@@ -101,7 +102,7 @@ def find_record(record: str, folder: Path) -> Path:
 
     Raises
     ------
-    ValueError
+    MissingError
         If neither the folder nor the profiles' folders in its ``results`` and ``reference`` hold it.
     """
     # What was measured here, in results, goes before the copy in reference. Elsewhere others may be writing.
@@ -109,7 +110,7 @@ def find_record(record: str, folder: Path) -> Path:
     found = (path for place in places for path in Path(folder).glob(f"{place}*-{record}.json"))
     path = max(found, default=None)
     if path is None:
-        raise ValueError(f"a figure or table names the record {record!r}, which is not in {folder}")
+        raise MissingError(f"a figure or table names the record {record!r}, which is not in {folder}")
     return path
 
 
@@ -127,7 +128,7 @@ def _fill(source: str, values: Mapping[str, Any], notebook: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
-            raise ValueError(
+            raise MoeitsError(
                 f"{notebook}: {match[0]} in the prose is neither a parameter nor glued; "
                 f"known are {', '.join(values)}"
             )

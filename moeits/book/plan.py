@@ -18,6 +18,7 @@ import pandas as pd
 
 from moeits import paper
 from moeits.book import run
+from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine import devices
 from moeits.machine.paths import CACHE, DATA
@@ -100,14 +101,14 @@ def find_machine(gpu: str | None = None) -> Machine:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no such entry.
     """
     place = next(folder for folder in (CACHE, *CACHE.parents) if folder.exists())
     here = {"cores": len(os.sched_getaffinity(0)), "disk": shutil.disk_usage(place).free}
     if gpu is not None:
         if gpu not in GPUS:
-            raise ValueError(f"no data of the GPU {gpu!r}: there are those of {', '.join(GPUS)}")
+            raise MoeitsError(f"no data of the GPU {gpu!r}: there are those of {', '.join(GPUS)}")
         return Machine(gpu, *GPUS[gpu], **here)
     import torch
 
@@ -136,7 +137,7 @@ def demands(profile: Profile, machine: Machine) -> list[Demand]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a model has yet to be made, so that there is no configuration to count on.
     """
     questions = sum(_tokens(task, profile) for task in profile.tasks)
@@ -329,7 +330,7 @@ def _config(settings: ModelSettings) -> "PreTrainedConfig":
 
     kind, _, rest = settings.source.partition(":")
     if kind == "miniature":
-        raise ValueError(
+        raise MoeitsError(
             f"{settings.title} is made by the run itself, so there is nothing to count on yet; a profile of "
             "laptop models takes about half an hour on two cores"
         )

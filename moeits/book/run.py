@@ -26,6 +26,7 @@ from nbformat import NotebookNode
 from pydantic import TypeAdapter, ValidationError
 
 from moeits.book.pages import find_record, make_page
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.study import comparison, pipeline
@@ -37,11 +38,11 @@ SOLUTIONS = "Solutions"  # the part of the contents that the students' book leav
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)} | {"Literal": Literal}
 
 
-class NotebookError(RuntimeError):
+class NotebookError(MoeitsError):
     """A cell of a notebook raised; the message names the notebook, the cell and the exception."""
 
 
-class BookError(RuntimeError):
+class BookError(MoeitsError):
     """The book does not build without warnings; the message lists them."""
 
 
@@ -65,19 +66,19 @@ class Parameter:
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If it is not of that type. A whole number passes for a float; nothing else is converted.
         """
         try:
             kind = TypeAdapter(eval(self.type, {"__builtins__": {}, **_TYPES}))
         except Exception as error:
-            raise ValueError(
+            raise MoeitsError(
                 f"parameter {self.name!r} has the type {self.type!r}; use {', '.join(_TYPES)}, None and |"
             ) from error
         try:
             return kind.validate_python(value, strict=True)
         except ValidationError as error:
-            raise ValueError(f"parameter {self.name!r} must be {self.type}, not {value!r}") from error
+            raise MoeitsError(f"parameter {self.name!r} must be {self.type}, not {value!r}") from error
 
 
 def inspect(notebook: NotebookNode) -> dict[str, Parameter]:
@@ -94,13 +95,13 @@ def inspect(notebook: NotebookNode) -> dict[str, Parameter]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a line of the cell has no type, no literal default of that type or no comment, or there are two
         such cells.
     """
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     if len(cells) > 1:
-        raise ValueError(f"{len(cells)} cells are tagged 'parameters': keep one")
+        raise MoeitsError(f"{len(cells)} cells are tagged 'parameters': keep one")
     source = cells[0].source if cells else ""
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -113,13 +114,13 @@ def inspect(notebook: NotebookNode) -> dict[str, Parameter]:
             continue
         text = ast.unparse(line)
         if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
-            raise ValueError(f"parameters cell: write `name: type = default  # help`, not `{text}`")
+            raise MoeitsError(f"parameters cell: write `name: type = default  # help`, not `{text}`")
         if not (explanation := comments.get(line.end_lineno or 0)):
-            raise ValueError(f"parameters cell: `{text}` needs a comment that says what it is")
+            raise MoeitsError(f"parameters cell: `{text}` needs a comment that says what it is")
         try:
             default = ast.literal_eval(line.value)
         except ValueError as error:
-            raise ValueError(f"parameters cell: the default of `{text}` must be a literal") from error
+            raise MoeitsError(f"parameters cell: the default of `{text}` must be a literal") from error
         parameter = Parameter(line.target.id, ast.unparse(line.annotation), default, explanation)
         parameter.check(default)
         found[parameter.name] = parameter
@@ -131,13 +132,13 @@ def check_parameters(notebook: NotebookNode, given: Mapping[str, Any]) -> dict[s
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a parameter is unknown (the message lists the known ones) or its value has another type.
     """
     known = inspect(notebook)
     if unknown := sorted(given.keys() - known.keys()):
         lines = "".join(f"\n  {parameter}" for parameter in known.values()) or " none"
-        raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))}; the notebook has{lines}")
+        raise MoeitsError(f"unknown parameter {', '.join(map(repr, unknown))}; the notebook has{lines}")
     return {name: known[name].check(value) for name, value in given.items()}
 
 
@@ -182,9 +183,9 @@ def run_notebook(
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If there is no such notebook.
-    ValueError
+    MoeitsError
         If a parameter is unknown or of the wrong type, the prose names an unknown value, or a figure or table
         a record that does not exist.
     NotebookError
@@ -238,7 +239,7 @@ class Page:
         """The notebook as it is committed."""
         if not self.source.exists():
             known = ", ".join(sorted(path.stem for path in Path(self.notebooks).glob("*.ipynb"))) or "none"
-            raise FileNotFoundError(f"no notebook {self.name!r} in {self.notebooks}: there are {known}")
+            raise MissingError(f"no notebook {self.name!r} in {self.notebooks}: there are {known}")
         return nbformat.read(self.source, as_version=4)
 
     @cached_property
@@ -246,8 +247,8 @@ class Page:
         """The parameters, checked."""
         try:
             return check_parameters(self.notebook, self.parameters)
-        except ValueError as error:
-            raise ValueError(f"notebook {self.name!r}: {error}") from error
+        except MoeitsError as error:
+            raise MoeitsError(f"notebook {self.name!r}: {error}") from error
 
     @cached_property
     def inputs(self) -> str:
@@ -313,7 +314,7 @@ def _digest_of(record: str, records: Path) -> str | None:
     """Hash of a record as it is now; one that was measured anew has another."""
     try:
         return file_digest(find_record(record, records))
-    except ValueError:
+    except MissingError:
         return None
 
 
@@ -420,9 +421,9 @@ def build_book(book: Path = BOOK, *, student: bool = False, force: bool = False)
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the table of contents names a page that does not exist.
-    ValueError
+    MoeitsError
         If two pages have a figure or table of the same label.
     BookError
         If the builder warns or fails.
@@ -461,7 +462,7 @@ def _check_pages(book: Path, student: bool = False) -> list[Path]:
     for name in toc_pages(book, student=student):
         page = next((path for kind in (".md", ".ipynb") if (path := book / f"{name}{kind}").exists()), None)
         if page is None:
-            raise FileNotFoundError(
+            raise MissingError(
                 f"the table of contents names {name!r}, but there is no such page in {book}: "
                 "run its notebook, or write it"
             )
@@ -469,7 +470,7 @@ def _check_pages(book: Path, student: bool = False) -> list[Path]:
             notebook = nbformat.read(page, as_version=4)
             for label in notebook.metadata.get("moeits", {}).get("labels", ()):
                 if (other := owners.setdefault(label, name)) != name:
-                    raise ValueError(f"pages {other!r} and {name!r} both have {label!r}: rename one")
+                    raise MoeitsError(f"pages {other!r} and {name!r} both have {label!r}: rename one")
             for cell in notebook.cells:
                 files = re.findall(r"\{download\}`[^`<]*<([^>`]+)>`", cell.source)
                 folders |= {(page.parent / file).resolve().parent for file in files}

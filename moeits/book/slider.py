@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 
 from moeits.book.figures import COLOURS
+from moeits.errors import MoeitsError
 from moeits.selection import select_experts
 
 CELL, LEFT, TOP = 24, 28, 24  # in units of the drawing, which scales to the width of the page
@@ -58,13 +59,13 @@ def tau_slider(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If tau is outside the slider's range, or the name is no id.
     """
     if not 0 <= tau <= largest_tau:
-        raise ValueError(f"tau is {tau}: the slider goes from 0 to {largest_tau}")
+        raise MoeitsError(f"tau is {tau}: the slider goes from 0 to {largest_tau}")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-        raise ValueError(f"name is {name!r}: give lower-case words joined by hyphens")
+        raise MoeitsError(f"name is {name!r}: give lower-case words joined by hyphens")
     experts = len(R)
     pairs = [(i, j, float(R[i, j])) for i, j in combinations(range(experts), 2)]
     values = [value for *_, value in pairs]

@@ -30,7 +30,7 @@ from moeits.criteria.base import (
     uniform,
     whole_groups,
 )
-from moeits.errors import BudgetError
+from moeits.errors import BudgetError, MoeitsError
 from moeits.machine.keys import by_value
 
 
@@ -100,7 +100,7 @@ class Criterion:
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If the number is out of range, statistics are missing, or the method chooses no experts.
         """
         _check_number(layer, n_keep, layer.groups)
@@ -109,22 +109,22 @@ class Criterion:
         if self.score is not None:
             scores = np.asarray(self.score(layer))
             if not np.isfinite(scores).all():
-                raise ValueError(f"layer {layer.number}: {self.title} gives scores that are not finite")
+                raise MoeitsError(f"layer {layer.number}: {self.title} gives scores that are not finite")
             return best(scores, n_keep, layer.groups)
         what = "is only quoted" if self.quoted_only else "changes weights instead of choosing experts"
-        raise ValueError(f"{self.title} {what}")
+        raise MoeitsError(f"{self.title} {what}")
 
     def apply(self, layer: Layer, n_keep: int) -> Change:
         """Compute new weights of a layer, in about the bytes of `n_keep` experts.
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If the number is out of range, statistics are missing, or the method changes no weights.
         """
         _check_number(layer, n_keep)
         if self.change is None:
-            raise ValueError(f"{self.title} changes no weights")
+            raise MoeitsError(f"{self.title} changes no weights")
         return self.change(layer, n_keep)
 
 
@@ -152,11 +152,11 @@ def criterion(name: str) -> Criterion:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is none of that name.
     """
     if name not in CRITERIA:
-        raise ValueError(f"no criterion {name!r}: there are {', '.join(CRITERIA)}")
+        raise MoeitsError(f"no criterion {name!r}: there are {', '.join(CRITERIA)}")
     return CRITERIA[name]
 
 
@@ -190,19 +190,19 @@ def counts_for(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If not exactly one budget is given, a share is not in (0, 1], or `counts` leaves a layer out.
     """
     if sum(given is not None for given in (n_keep, share, counts)) != 1:
-        raise ValueError("give exactly one of n_keep, share and counts")
+        raise MoeitsError("give exactly one of n_keep, share and counts")
     if n_keep is not None:
         return dict.fromkeys(layers, n_keep)
     if counts is not None:
         if set(counts) != set(layers):
-            raise ValueError(f"counts are given for layers {sorted(counts)}, the model has {sorted(layers)}")
+            raise MoeitsError(f"counts are given for layers {sorted(counts)}, the model has {sorted(layers)}")
         return dict(counts)
     if not 0 < share <= 1:
-        raise ValueError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
+        raise MoeitsError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
     return whole_groups(criterion(name).spread(layers, share), layers)
 
 
@@ -228,7 +228,7 @@ def select(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         See :func:`counts_for` and :meth:`Criterion.keep`.
     """
     chosen = counts_for(name, layers, n_keep=n_keep, share=share, counts=counts)

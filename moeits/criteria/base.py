@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moeits.errors import BudgetError, MoeitsError
+
 SCORES = ("softmax", "sigmoid")
 
 
@@ -212,11 +214,11 @@ class Layer:
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If none were gathered.
         """
         if self.calibration is None:
-            raise ValueError(f"layer {self.number}: this criterion needs statistics of calibration text")
+            raise MoeitsError(f"layer {self.number}: this criterion needs statistics of calibration text")
         return self.calibration
 
     @property
@@ -225,11 +227,11 @@ class Layer:
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If it is not known, so that nobody can say how tokens are routed when experts are gone.
         """
         if self.statistics.routing is None:
-            raise ValueError(
+            raise BudgetError(
                 f"layer {self.number}: the router of this {self.family!r} model is not a top-k of softmax or "
                 "sigmoid scores, so its choice among fewer experts is not known"
             )
@@ -360,7 +362,7 @@ def largest(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the total is smaller than the minima together, or larger than the number of experts.
     """
     counts = {layer: 1 if minimum is None else minimum[layer] for layer in scores}
@@ -368,7 +370,7 @@ def largest(
     rest = [(-value, layer) for layer, values in ordered.items() for value in values[counts[layer] :]]
     missing = total - sum(counts.values())
     if not 0 <= missing <= len(rest):
-        raise ValueError(
+        raise BudgetError(
             f"cannot keep {total} experts: at least {sum(counts.values())} must stay, "
             f"and there are {sum(map(len, scores.values()))}"
         )
@@ -408,7 +410,7 @@ def proportional(
     values = np.array([weights[key] for key in keys], dtype=float)
     values = np.maximum(values / max(values.max(), np.finfo(float).tiny), 1e-12)
     if not low.sum() <= total <= high.sum():
-        raise ValueError(f"cannot deal out {total}: the bounds allow {low.sum():g} to {high.sum():g}")
+        raise BudgetError(f"cannot deal out {total}: the bounds allow {low.sum():g} to {high.sum():g}")
     # The factor between none and all: what it gives, within the bounds, grows with it.
     smallest, biggest = 0.0, float((high / values).max())
     for _ in range(200):

@@ -6,6 +6,7 @@ import numpy as np
 
 from moeits.criteria.base import Change, Layer
 from moeits.criteria.clusters import stun
+from moeits.errors import BudgetError
 
 BITS = 16
 """Bits of a weight before."""
@@ -109,14 +110,14 @@ def allocate_bits(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the fewest bits are above the budget.
     """
     experts, choices = errors.shape
     chosen = np.zeros(experts, dtype=int)
     spent = experts * costs[0]
     if spent > budget:
-        raise ValueError(f"the budget of {budget:g} bits is below the {spent:g} of the coarsest codes")
+        raise BudgetError(f"the budget of {budget:g} bits is below the {spent:g} of the coarsest codes")
     while True:
         steps = [
             ((errors[e, at] - errors[e, to]) / (costs[to] - costs[at]), e, to)
@@ -136,7 +137,7 @@ def mc_moe(layer: Layer, n_keep: int) -> Change:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If one bit per weight, with the scales of the rows, is more than that.
 
     References

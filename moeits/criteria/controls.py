@@ -3,6 +3,7 @@
 import numpy as np
 
 from moeits.criteria.base import Layer, all_subsets, in_groups, number_of_subsets
+from moeits.errors import BudgetError, MoeitsError
 
 SUBSETS = 100
 """Subsets of a layer's experts up to which the oracle tries them: each is a pass of the whole model."""
@@ -25,12 +26,12 @@ def subsets(layer: Layer, n_keep: int) -> list[tuple[int, ...]]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there are more than :data:`SUBSETS`.
     """
     count = number_of_subsets(layer, n_keep)
     if count > SUBSETS:
-        raise ValueError(
+        raise BudgetError(
             f"layer {layer.number}: {count:,} subsets of {n_keep} of {layer.experts} experts are too many "
             f"to try (at most {SUBSETS:,}): the oracle is for small layers"
         )
@@ -42,9 +43,9 @@ def oracle(layer: Layer, n_keep: int) -> tuple[int, ...]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there are too many subsets, or nobody gave the layer the model's loss.
     """
     if layer.loss is None:
-        raise ValueError(f"layer {layer.number}: the oracle needs the loss of the model")
+        raise MoeitsError(f"layer {layer.number}: the oracle needs the loss of the model")
     return min(subsets(layer, n_keep), key=layer.loss)

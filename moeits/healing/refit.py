@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moeits.errors import MoeitsError
 from moeits.models.families import MoELayer, decoder_layers, moe_layers
 from moeits.models.unstack import ExpertList, chosen_tokens
 
@@ -74,13 +75,13 @@ def refit_model(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the models have experts in different layers, or a fit is not finite.
     """
     whole = {layer.layer: layer for layer in moe_layers(original)}
     layers = {layer.layer: layer for layer in moe_layers(model)}
     if whole.keys() != layers.keys():
-        raise ValueError(f"one model has experts in layers {sorted(whole)}, the other in {sorted(layers)}")
+        raise MoeitsError(f"one model has experts in layers {sorted(whole)}, the other in {sorted(layers)}")
     report = []
     training = model.training
     model.eval()
@@ -201,7 +202,7 @@ class _Observer:
 
     def __init__(self, model: nn.Module, layer: MoELayer, original: nn.Module, whole: MoELayer) -> None:
         if getattr(layer.experts, "has_post_expert_norm", False):
-            raise ValueError(f"{layer.name}: its experts end in a norm, after which nothing can be refitted")
+            raise MoeitsError(f"{layer.name}: its experts end in a norm, after which nothing can be refitted")
         self.layer, self.experts = layer, ExpertList(layer)
         self.mixed: list[Tensor] = []
         self.fixed: list[Tensor] = []  # what the biases of the down projections give
@@ -241,7 +242,7 @@ class _Observer:
         start = torch.cat([expert.down.weight.T for expert in self.experts.experts]).float()
         fitted = least_squares(mixed, wanted, start, ridge)
         if not torch.isfinite(fitted).all():
-            raise ValueError(
+            raise MoeitsError(
                 f"layer {self.layer.layer}: the fit is not finite; look for NaN or Inf in its weights"
             )
         for expert, down in zip(self.experts.experts, fitted.split(self.experts.neurons), strict=True):

@@ -3,6 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
+from moeits.errors import MoeitsError
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,7 +29,7 @@ def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, to
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the device is not there, or torch knows no such device or dtype.
     """
     import torch
@@ -37,14 +39,14 @@ def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, to
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device {device!r} is none that torch knows: take auto, cpu or cuda") from error
+        raise MoeitsError(f"device {device!r} is none that torch knows: take auto, cpu or cuda") from error
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this machine has no CUDA device; use device auto or cpu")
+        raise MoeitsError(f"device {device!r}: this machine has no CUDA device; use device auto or cpu")
     if place.type == "cuda" and place.index is None and (rank := os.environ.get("LOCAL_RANK")):
         place = torch.device("cuda", int(rank))
     if dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype {dtype!r} is none that torch knows: take bfloat16, float16 or float32")
+            raise MoeitsError(f"dtype {dtype!r} is none that torch knows: take bfloat16, float16 or float32")
         return place, getattr(torch, dtype), f"{dtype} was asked for"
     if place.type == "cuda":
         fast, what = (

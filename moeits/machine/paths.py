@@ -135,6 +135,10 @@ def whole(target: Path, *, once: bool = False) -> Iterator[Path]:
         yield part
         if not (once and target.exists()):
             _rename(part, target, once)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PlaceError(f"{target} cannot be written: the disk is full") from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import joblib
 
+from moeits.errors import MoeitsError
+
 
 def unordered(tasks: Iterable[Any], backend: str | None = None, **options: Any) -> Iterator[Any]:
     """Do tasks; their results come as they are done, with Ray when all are.
@@ -26,7 +28,7 @@ def unordered(tasks: Iterable[Any], backend: str | None = None, **options: Any) 
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the backend is Ray, and Ray is not installed.
     """
     if backend == "ray":
@@ -41,7 +43,7 @@ def _register_ray() -> None:
     try:
         from ray.util.joblib import register_ray
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise MoeitsError(
             f"the backend ray needs Ray on every machine, which is no part of this environment ({error}): "
             "install it beside the package (uv pip install ray), or take --backend loky or dask"
         ) from error

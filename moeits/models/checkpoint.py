@@ -115,7 +115,7 @@ class Projection(Sequence):
         try:
             mapped = np.memmap(file, bits, mode="c", offset=start, shape=self.shape)
         except ValueError as error:
-            raise ValueError(f"{file} is cut short: {error}") from error
+            raise MoeitsError(f"{file} is cut short: {error}") from error
         # Older writers did not align the numbers.
         matrix = torch.from_numpy(np.require(mapped, requirements="A")).view(dtype)
         return (matrix.T if self.transposed else matrix)[self.neurons]
@@ -180,9 +180,9 @@ def expert_blocks(
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the folder, its configuration or a file is missing.
-    ValueError
+    MoeitsError
         If a file is damaged, a layer lacks an expert or has another shape than the configuration says, the
         weights are quantised, the model is dense or of an unknown family, or a layer is not one of its own.
     """
@@ -191,7 +191,7 @@ def expert_blocks(
     _check_quantisation(folder, config, tensors)
     expected = {layer.layer: layer for layer in moe_layers(hollow_model(config))}
     if unknown := sorted(set(layers or ()) - set(expected)):
-        raise ValueError(f"{folder} has no experts in layer {unknown}: it has them in {sorted(expected)}")
+        raise MoeitsError(f"{folder} has no experts in layer {unknown}: it has them in {sorted(expected)}")
     stored = defaultdict(lambda: defaultdict(dict))
     for tensor in tensors.values():
         match = _EXPERT.search(tensor.name)
@@ -311,7 +311,7 @@ def _layers_of(source: Path) -> dict[int, MoELayer]:
     next(expert_blocks(source))  # which checks all of them
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if "text_config" in settings:
-        raise ValueError(
+        raise MoeitsError(
             f"{source} holds more than a language model ({settings.get('model_type')}): load its language "
             "model (moeits.load_model), prune that in memory and save it"
         )
@@ -367,11 +367,11 @@ def measure_nmi(
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    MissingError, MoeitsError
         As :func:`expert_blocks` and :func:`moeits.nmi.nmi_matrix`; with the layer.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}: choose one of {', '.join(PRESETS)}")
+        raise MoeitsError(f"preset is {preset!r}: choose one of {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
     blocks = dict(expert_blocks(folder, layers))
     kind = family(folder)
@@ -458,7 +458,7 @@ def prune_checkpoint(
             stacklevel=2,
         )
     elif isinstance(kept, Kept) and kept.fingerprint not in (None, mark):
-        raise ValueError(
+        raise MoeitsError(
             f"the experts were chosen for another model ({kept.model or 'not named'}, fingerprint "
             f"{kept.fingerprint}); {source} has fingerprint {mark}"
         )
@@ -497,7 +497,7 @@ def prune_checkpoint(
         describe_folder(part, compose(earlier, kept), base_card=read_card(source))
         left = {layer: block.num_experts for layer, block in expert_blocks(part)}
         if left != {layer: len(kept.layers[layer]) for layer in layers}:
-            raise ValueError(f"{source}: its experts are stored in a way that is not known; found {left}")
+            raise MoeitsError(f"{source}: its experts are stored in a way that is not known; found {left}")
     return target
 
 
@@ -546,7 +546,7 @@ def _pieces(
             pieces.append(_taken(tensor, dimension, kept[layer.layer]))
     for number, layer in layers.items():
         if routers[number] != len(layer.router):
-            raise ValueError(
+            raise MoeitsError(
                 f"layer {number}: the router has {len(layer.router)} tensors ({', '.join(layer.router)}), "
                 f"of which the checkpoint holds {routers[number]} with {layer.num_experts} experts"
             )
@@ -610,7 +610,7 @@ def _write_file(file: Path, pieces: Sequence[_Piece], bar: tqdm) -> None:
                 while length:
                     view = memoryview(buffer)[: min(length, _CHUNK)]
                     if stored.readinto(view) < len(view):
-                        raise ValueError(f"{piece.tensor.file} is cut short")
+                        raise MoeitsError(f"{piece.tensor.file} is cut short")
                     if piece.checked:
                         _check_finite(view, piece.tensor)
                     out.write(view)
@@ -640,14 +640,14 @@ def _check_finite(values: memoryview, tensor: StoredTensor) -> None:
     numbers = torch.frombuffer(values, dtype=_DTYPES[tensor.dtype][1])
     # The sum is many times faster than looking at each value, and finite only if all are.
     if not torch.isfinite(numbers.sum()) and not torch.isfinite(numbers).all():
-        raise ValueError(f"{tensor.file}: {tensor.name} holds NaN or infinite values")
+        raise MoeitsError(f"{tensor.file}: {tensor.name} holds NaN or infinite values")
 
 
 def _layer_nmi(block: ExpertBlock, options: Mapping[str, object]) -> tuple[int, np.ndarray]:
     try:
         return block.layer, nmi_matrix(block, **options)
-    except ValueError as error:
-        raise ValueError(f"layer {block.layer}: {error}") from error
+    except MoeitsError as error:
+        raise MoeitsError(f"layer {block.layer}: {error}") from error
 
 
 def _projections(
@@ -687,26 +687,26 @@ def _whole(
         which = (
             "all experts" if len(missing) == layer.num_experts else f"expert {', '.join(map(str, missing))}"
         )
-        raise ValueError(f"{where} of {which} is missing in the checkpoint")
+        raise MoeitsError(f"{where} of {which} is missing in the checkpoint")
     if len(tensors) > layer.num_experts:
-        raise ValueError(f"{where}: {len(tensors)} experts, but {layer.num_experts} by the configuration")
+        raise MoeitsError(f"{where}: {len(tensors)} experts, but {layer.num_experts} by the configuration")
     for tensor in tensors.values():
         _check(where, tensor, shape)
     if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
-        raise ValueError(f"{where}: the experts have different types, {', '.join(sorted(dtypes))}")
+        raise MoeitsError(f"{where}: the experts have different types, {', '.join(sorted(dtypes))}")
     pieces = tuple((tensors[expert].file, tensors[expert].start) for expert in range(layer.num_experts))
     return Projection(pieces, shape, tensors[0].dtype, layer.transposed)
 
 
 def _check(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype not in _DTYPES:
-        raise ValueError(
+        raise MoeitsError(
             f"{where}: {tensor.name} is {tensor.dtype}; quantised weights are not read, dequantise them first"
         )
     if tensor.shape != shape:
-        raise ValueError(f"{where}: {tensor.name} has shape {tensor.shape}, by the configuration {shape}")
+        raise MoeitsError(f"{where}: {tensor.name} has shape {tensor.shape}, by the configuration {shape}")
     if (size := prod(shape) * _DTYPES[tensor.dtype][1].itemsize) != tensor.stop - tensor.start:
-        raise ValueError(f"{tensor.file}: {tensor.name} has {tensor.stop - tensor.start} bytes of {size}")
+        raise MoeitsError(f"{tensor.file}: {tensor.name} has {tensor.stop - tensor.start} bytes of {size}")
 
 
 def _halves(both: Projection, *, interleaved: bool) -> dict[str, Projection]:

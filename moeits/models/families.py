@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moeits.errors import BudgetError, MoeitsError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -228,7 +230,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the model is dense, of a refused or an unknown family, or a router does not fit the rule.
     """
     config = model.config.get_text_config()
@@ -238,7 +240,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     layers = [_moe_layer(modules, name, config, family) for name in experts]
     numbers = [layer.layer for layer in layers]
     if len(set(numbers)) < len(numbers):
-        raise ValueError(
+        raise MoeitsError(
             f"{type(model).__name__} has two Mixture-of-Experts blocks in one decoder layer: {numbers}"
         )
     return sorted(layers, key=lambda layer: layer.layer)
@@ -310,13 +312,13 @@ def check_kept(layers: Sequence[MoELayer], kept: Mapping[int, Sequence[int]]) ->
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a layer is not one of the model's; if experts are out of range, given twice, none at all, fewer
         than the family's minimum, or uneven over the groups of a group-limited router.
     """
     known = {layer.layer: layer for layer in layers}
     if unknown := sorted(set(kept) - set(known), key=str):
-        raise ValueError(f"no Mixture-of-Experts layer {unknown}: this model has them at {sorted(known)}")
+        raise MoeitsError(f"no Mixture-of-Experts layer {unknown}: this model has them at {sorted(known)}")
     return {
         number: _check_experts(layer, kept[number]) if number in kept else tuple(range(layer.num_experts))
         for number, layer in known.items()
@@ -389,11 +391,11 @@ def _is_experts(module: nn.Module) -> bool:
 def _family(config: object, *, dense: bool) -> Family:
     model_type = config.model_type
     if model_type in REFUSED:
-        raise ValueError(refusal(model_type))
+        raise MoeitsError(refusal(model_type))
     if dense and (model_type in FAMILIES or not any(hasattr(config, name) for name in EXPERT_COUNTS)):
-        raise ValueError(f"this {model_type!r} model is dense: it has no routed experts to prune")
+        raise MoeitsError(f"this {model_type!r} model is dense: it has no routed experts to prune")
     if model_type not in FAMILIES:
-        raise ValueError(refusal(model_type))
+        raise MoeitsError(refusal(model_type))
     return FAMILIES[model_type]
 
 
@@ -404,7 +406,7 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
     block = modules[block_name]
     number = _LAYER.search(name)
     if number is None:
-        raise ValueError(f"{name}: no number of a decoder layer in this name")
+        raise MoeitsError(f"{name}: no number of a decoder layer in this name")
 
     routers = {
         f"{block_name}.{child}{'.' if inner else ''}{inner}": module
@@ -416,14 +418,14 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
     for owner_name, owner in routers.items():
         for tensor_name, tensor in _own_tensors(owner):
             if not tensor.is_floating_point():
-                raise ValueError(f"{owner_name}.{tensor_name}: a router that reads a table cannot be pruned")
+                raise MoeitsError(f"{owner_name}.{tensor_name}: a router that reads a table cannot be pruned")
             if (dimension := router_dimension(tensor_name, tensor.shape, count)) is not None:
                 router[f"{owner_name}.{tensor_name}"] = dimension
     for tensor_name, tensor in _own_tensors(block):
         if _ROUTER.search(tensor_name) and count in tensor.shape:
             router[f"{block_name}.{tensor_name}"] = router_dimension(tensor_name, tensor.shape, count)
     if not any(name.endswith(".weight") for name in router):
-        raise ValueError(f"{block_name}: no router weight with {count} rows, one for each expert")
+        raise MoeitsError(f"{block_name}: no router weight with {count} rows, one for each expert")
 
     stacked = [f"{name}.{key}" for key, tensor in _own_tensors(experts) if tensor.shape[:1] == (count,)]
     scope = {name: experts, **routers}
@@ -481,21 +483,21 @@ def _check_experts(layer: MoELayer, ids: Iterable[int]) -> tuple[int, ...]:
     try:
         given = [operator.index(i) for i in ids]
     except TypeError:
-        raise ValueError(f"{where}: kept experts must be a list of integers, not {ids!r}") from None
+        raise MoeitsError(f"{where}: kept experts must be a list of integers, not {ids!r}") from None
     if not given:
-        raise ValueError(f"{where}: no expert is kept; at least {layer.minimum} must stay")
+        raise MoeitsError(f"{where}: no expert is kept; at least {layer.minimum} must stay")
     if bad := sorted(i for i in set(given) if not 0 <= i < layer.num_experts):
-        raise ValueError(f"{where}: experts {bad} do not exist; this layer has 0 to {layer.num_experts - 1}")
+        raise MoeitsError(f"{where}: experts {bad} do not exist; this layer has 0 to {layer.num_experts - 1}")
     if twice := sorted(i for i in set(given) if given.count(i) > 1):
-        raise ValueError(f"{where}: experts {twice} are given more than once")
+        raise MoeitsError(f"{where}: experts {twice} are given more than once")
     if len(given) < layer.minimum:
-        raise ValueError(
+        raise BudgetError(
             f"{where}: {len(given)} kept, but at least {layer.minimum} experts must stay in this family"
         )
     size = math.ceil(layer.num_experts / layer.groups)
     per_group = [sum(i // size == group for i in given) for group in range(layer.groups)]
     if len(set(per_group)) > 1:
-        raise ValueError(
+        raise BudgetError(
             f"{where}: the router chooses among {layer.groups} groups of experts, which must stay equally "
             f"large; kept per group: {per_group}"
         )

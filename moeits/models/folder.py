@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moeits.errors import ExistsError
+from moeits.errors import ExistsError, MissingError, MoeitsError
 from moeits.kept import Kept, versions
 from moeits.machine.paths import check_writable, whole
 from moeits.models.card import model_card, read_card
@@ -33,7 +33,7 @@ from moeits.models.surgery import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 REMOTE_CODE = "modeling_moeits.py"
 """File in a pruned folder that loads it where this package is not installed."""
@@ -87,7 +87,7 @@ def save_model(
     """
     folder = check_target(folder)
     if getattr(model, "kept", None) is None:
-        raise ValueError(
+        raise MoeitsError(
             "this model was not pruned: save it with model.save_pretrained, or prune_model it first"
         )
     with whole(folder) as part:
@@ -169,7 +169,7 @@ def carry_files(source: Path, target: Path, *, trust_remote_code: bool = False) 
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a file is a link that leaves the folder.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
@@ -237,9 +237,9 @@ def load_model(
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If there is no ``config.json``.
-    ValueError
+    MoeitsError
         If it names no causal language model that transformers knows.
     """
     config = read_config(folder)
@@ -288,19 +288,37 @@ def store_as(model: "PreTrainedModel", source: str | Path) -> None:
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model's folder, without running any code of it.
+
+    Raises
+    ------
+    MissingError
+        If there is none that transformers reads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise MissingError(
+            f"{folder} has no tokenizer that can be read ({error}): copy its files there"
+        ) from error
+
+
 def read_config(folder: str | Path) -> "PreTrainedConfig":
     """Read the configuration of a checkpoint's language model, without running any code of its folder."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+        raise MissingError(f"{folder} is no model folder: it has no config.json")
     try:
         model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no configuration of a model: {error!r}") from error
+        raise MoeitsError(f"{file} is no configuration of a model: {error!r}") from error
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(refusal(model_type))
+        raise MoeitsError(refusal(model_type))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config._experts_implementation == STOP:
         config._experts_implementation = None
@@ -356,7 +374,7 @@ def _native_class(config: "PreTrainedConfig") -> type:
     try:
         return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise ValueError(refusal(config.model_type)) from None
+        raise MoeitsError(refusal(config.model_type)) from None
 
 
 def _model_class(config: "PreTrainedConfig") -> type:
@@ -406,7 +424,7 @@ def _remote_code(base: str, layers: Sequence[MoELayer]) -> str:
         for start in [f"{prefixes[layer.layer]}{layer.layer}."]
     }
     if len(tables) != 1 or len(set(prefixes.values())) != 1:
-        raise ValueError(f"the Mixture-of-Experts layers of {base} are built differently from each other")
+        raise MoeitsError(f"the Mixture-of-Experts layers of {base} are built differently from each other")
     [(tensors, counters, top_ks)] = tables
     return _TEMPLATE.format(
         base=base,

@@ -43,7 +43,7 @@ def download(repository: str, revision: str | None = None, *, pins: Path | None 
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no such model or revision, its terms must be accepted first, it is not here and cannot be
         downloaded, or the disk is full. The message says what helps.
     """
@@ -55,29 +55,29 @@ def download(repository: str, revision: str | None = None, *, pins: Path | None 
     try:
         folder = Path(snapshot_download(repository, revision=asked, allow_patterns=list(FILES)))
     except errors.GatedRepoError as error:
-        raise ValueError(
+        raise MoeitsError(
             f"{repository} is gated: accept its terms on the page of the model while logged in, then log in "
             "here with `hf auth login`, or set HF_TOKEN to a token that may read it"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ValueError(
+        raise MoeitsError(
             f"{repository} has no revision {asked!r}: correct it in the profile or in {pins}"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
+        raise MoeitsError(
             f"there is no model {repository} on the hub, or it is private: check the name, or log in with "
             "`hf auth login`"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         offline = " HF_HUB_OFFLINE is set: unset it, or" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ValueError(
+        raise MoeitsError(
             f"{repository} is not on this machine and cannot be downloaded:{offline} give the folder of a "
             "model that you have as `source` in the profile, or run again with a network, which goes on "
             "where the download stopped"
         ) from error
     except OSError as error:
         free = shutil.disk_usage(next(place for place in (CACHE, *CACHE.parents) if place.exists())).free
-        raise ValueError(
+        raise MoeitsError(
             f"the download of {repository} failed: {error}; {free / 1e9:.0f} GB are free here. Set HF_HOME "
             "to a larger disk if that is too little, and run again: it goes on where it stopped"
         ) from error
@@ -138,6 +138,6 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
 def check_pushable(folder: Path) -> None:
     """Raise a ValueError unless a folder holds a pruned model and its card."""
     if not (folder / "kept.json").is_file():
-        raise ValueError(f"{folder} is no pruned model: it has no kept.json")
+        raise MoeitsError(f"{folder} is no pruned model: it has no kept.json")
     if not (folder / "README.md").is_file():
-        raise ValueError(f"{folder} has no model card: make the folder anew with `moeits prune`")
+        raise MoeitsError(f"{folder} has no model card: make the folder anew with `moeits prune`")

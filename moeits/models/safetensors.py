@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from moeits.errors import MoeitsError
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.keys import once_for_file
 
 INDEX = "model.safetensors.index.json"
@@ -85,32 +85,32 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If there is no safetensors checkpoint, or a file that the index names is missing.
-    ValueError
+    MoeitsError
         If a file is cut short or is no safetensors file, lacks a tensor that the index says it holds, or lies
         outside the folder.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file():
-            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
+            raise MissingError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
         return read_header(inside(folder, SINGLE, "the folder"))
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
+        raise MoeitsError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
     for file in files:
         entry = next(name for name, place in places.items() if place == file)
         inside(folder, file, f"{folder / INDEX} ({entry})")
         if not (folder / file).is_file():
             count = sum(place == file for place in places.values())
-            raise FileNotFoundError(f"{folder / file} is missing: the index says it holds {count} tensors")
+            raise MissingError(f"{folder / file} is missing: the index says it holds {count} tensors")
     headers = {file: read_header(folder / file) for file in files}
     for name, file in places.items():
         if name not in headers[file]:
-            raise ValueError(f"{folder / file} does not hold {name}, which the index says it does")
+            raise MoeitsError(f"{folder / file} does not hold {name}, which the index says it does")
     return {name: headers[file][name] for name, file in places.items()}
 
 
@@ -129,7 +129,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If it is cut short or is no safetensors file.
 
     References
@@ -141,7 +141,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(stream.read(8), "little")
         data = 8 + length
         if data > size:
-            raise ValueError(f"{file} is cut short, or is no safetensors file")
+            raise MoeitsError(f"{file} is cut short, or is no safetensors file")
         try:
             tensors = {
                 name: StoredTensor(
@@ -155,10 +155,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is no safetensors file: {error!r}") from error
+            raise MoeitsError(f"{file} is no safetensors file: {error!r}") from error
     end = max((tensor.stop for tensor in tensors.values()), default=data)
     if end > size:
-        raise ValueError(f"{file} is cut short: it has {size:,} bytes of {end:,}")
+        raise MoeitsError(f"{file} is cut short: it has {size:,} bytes of {end:,}")
     return tensors
 
 

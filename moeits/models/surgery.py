@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from moeits.errors import MoeitsError
 from moeits.kept import Kept, versions
 from moeits.models.families import (
     EXPERT_COUNTS,
@@ -55,7 +56,7 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
 
     Raises
     ------
-    ValueError
+    MoeitsError
         See :func:`complete`; also if the weights are quantised.
 
     Notes
@@ -67,7 +68,7 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
     kept = complete(kept, layers, _model_name(model.config))
     chosen = kept.layers
     if getattr(model, "is_quantized", False):
-        raise ValueError(
+        raise MoeitsError(
             "the model's weights are quantised, which pruning does not support: load it dequantised"
         )
     before = sizes(model)
@@ -149,7 +150,7 @@ def complete(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         See :func:`moeits.models.families.check_kept`; also if the choice was made for another number of
         experts.
     """
@@ -158,7 +159,7 @@ def complete(
         kept = Kept(check_kept(layers, kept), counts, model, fingerprint, criterion="given")
     for layer, count in kept.num_experts.items():
         if counts.get(layer, count) != count:
-            raise ValueError(
+            raise MoeitsError(
                 f"layer {layer} has {counts[layer]} experts, but the kept ones were chosen out of {count}: "
                 f"the choice is for another model ({kept.model or 'not named'})"
             )
@@ -266,7 +267,7 @@ def masked(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[nn.M
 
     Raises
     ------
-    ValueError
+    MoeitsError
         As :func:`prune_model`, and if a router's weight is not float32.
     """
     layers = moe_layers(model)
@@ -282,7 +283,7 @@ def masked(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[nn.M
             ids = torch.tensor(removed, device=tensor.device, dtype=torch.long)
             if name.endswith(".weight"):
                 if tensor.dtype != torch.float32:
-                    raise ValueError(f"{name} is {tensor.dtype}: masking needs a model in float32")
+                    raise MoeitsError(f"{name} is {tensor.dtype}: masking needs a model in float32")
                 removed_rows[tensor.data_ptr()] = ids
             elif "bias" in name:
                 biases.append((tensor, tensor.detach().clone()))
@@ -331,7 +332,7 @@ def refuse_router_loss(model: nn.Module, args: tuple, options: Mapping[str, obje
     if asked or (asked is None and getattr(config, "output_router_logits", False)):
         counts = set(config.num_experts_per_layer.values())
         if len(counts) > 1 and hasattr(model, "router_aux_loss_coef"):
-            raise ValueError(
+            raise MoeitsError(
                 f"output_router_logits: the auxiliary router loss needs the same number of experts in every "
                 f"layer, this model has {sorted(counts)}; train it without (output_router_logits=False)"
             )

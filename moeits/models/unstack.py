@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moeits.errors import MoeitsError
 from moeits.models.families import MoELayer, expert_block
 
 
@@ -30,7 +31,7 @@ class ExpertList(nn.Module):
         super().__init__()
         stacked = layer.experts
         if not hasattr(stacked, "_apply_gate") and getattr(stacked, "has_gate", True):
-            raise ValueError(
+            raise MoeitsError(
                 f"{layer.name}: experts of {type(stacked).__name__} cannot be adapted one by one: "
                 "transformers has no switch for how they are computed"
             )

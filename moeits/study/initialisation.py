@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from moeits.errors import MoeitsError
+
 Block = Mapping[str, torch.Tensor]
 
 
@@ -35,12 +37,12 @@ def slices(ffn: Block, count: int, copies: int, *, scale: float) -> dict[str, to
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the slices would not be equal.
     """
     neurons = ffn["up"].shape[0]
     if neurons % count:
-        raise ValueError(f"{neurons} neurons cannot be cut into {count} equal slices")
+        raise MoeitsError(f"{neurons} neurons cannot be cut into {count} equal slices")
     cut = {
         "gate": torch.stack(ffn["gate"].chunk(count)),
         "up": torch.stack(ffn["up"].chunk(count)),

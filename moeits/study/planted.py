@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moeits.errors import MoeitsError
+
 Block = dict[str, np.ndarray]
 KINDS = ("copy", "permuted", "rescaled", "unrelated")
 
@@ -150,13 +152,13 @@ def plant(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         Unknown kind, or negative noise.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}: choose one of {', '.join(KINDS)}")
+        raise MoeitsError(f"kind is {kind!r}: choose one of {', '.join(KINDS)}")
     if not noise >= 0:
-        raise ValueError(f"noise is {noise}: give 0 or more")
+        raise MoeitsError(f"noise is {noise}: give 0 or more")
     planted = {name: weights.copy() for name, weights in block.items()}
     if kind == "unrelated":
         return planted

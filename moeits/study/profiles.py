@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine.paths import DATA
 from moeits.settings import Strict
@@ -184,11 +185,11 @@ class Profile(Strict):
 
         Raises
         ------
-        ValueError
+        MoeitsError
             If the profile has no model of that name.
         """
         if name not in self.models:
-            raise ValueError(f"profile {self.name!r} has no model {name!r}: it has {', '.join(self.models)}")
+            raise MoeitsError(f"profile {self.name!r} has no model {name!r}: it has {', '.join(self.models)}")
         return self.models[name]
 
     def can_heal(self, way: str) -> bool:
@@ -206,7 +207,7 @@ def names(folder: Path = DATA / "profiles") -> list[str]:
 def _settings(name: str, folder: Path) -> dict[str, Any]:
     path = folder / f"{name}.yaml"
     if not path.exists():
-        raise ValueError(f"no profile {name!r}: there are {', '.join(names(folder))} in data/profiles")
+        raise MoeitsError(f"no profile {name!r}: there are {', '.join(names(folder))} in data/profiles")
     settings = yaml.safe_load(path.read_text()) or {}
     parent = settings.pop("extends", None)
     return (_settings(parent, folder) if parent else {}) | settings
@@ -226,7 +227,7 @@ def load(name: str, *, folder: Path = DATA / "profiles", **overrides: Any) -> Pr
 
     Raises
     ------
-    ValueError
+    MoeitsError
         Unknown profile, unknown setting or a value out of range; the message names what is known.
     """
     settings = _settings(name, folder)
@@ -234,7 +235,7 @@ def load(name: str, *, folder: Path = DATA / "profiles", **overrides: Any) -> Pr
     try:
         return Profile(name=name, **settings)
     except ValidationError as error:
-        raise ValueError(f"profile {name!r}: {_problems(error, Profile)}") from error
+        raise MoeitsError(f"profile {name!r}: {_problems(error, Profile)}") from error
 
 
 def recipe(**settings: Any) -> Recipe:
@@ -242,13 +243,13 @@ def recipe(**settings: Any) -> Recipe:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         Unknown setting or a value out of range; the message names what is known.
     """
     try:
         return Recipe(**settings)
     except ValidationError as error:
-        raise ValueError(f"recipe of healing: {_problems(error, Recipe)}") from error
+        raise MoeitsError(f"recipe of healing: {_problems(error, Recipe)}") from error
 
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> str:

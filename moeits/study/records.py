@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.keys import digest, file_digest, versions
 from moeits.machine.paths import ROOT, whole
 
@@ -116,7 +117,7 @@ def read(path: Path) -> Record:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the file is no record, has another schema, or was edited: its name must be the hash of its identity
         and of what made it.
     """
@@ -125,13 +126,13 @@ def read(path: Path) -> Record:
         content = json.loads(path.read_text())
         record = Record(**content)
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(
+        raise MoeitsError(
             f"{path.name} is not a record ({error}): delete it and run the step again"
         ) from error
     if record.schema != SCHEMA:
-        raise ValueError(f"{path.name} has schema {record.schema}, this version reads schema {SCHEMA}")
+        raise MoeitsError(f"{path.name} has schema {record.schema}, this version reads schema {SCHEMA}")
     if path.stem != f"{record.step}-{record.id}":
-        raise ValueError(
+        raise MoeitsError(
             f"{path.name} does not hold what its name stands for (that is {record.id}): "
             "records are never edited; delete it and run the step again"
         )
@@ -143,7 +144,7 @@ def write(folder: Path, record: Record) -> Path:
     for row in record.rows:
         missing = ROW_KEYS - row.keys()
         if missing:
-            raise ValueError(f"a row of step {record.step!r} lacks {sorted(missing)}: {row}")
+            raise MoeitsError(f"a row of step {record.step!r} lacks {sorted(missing)}: {row}")
     path = Path(folder) / f"{record.step}-{record.id}.json"
     with whole(path, once=True) as part:
         part.write_text(json.dumps(asdict(record), sort_keys=True, separators=(",", ":")) + "\n")
@@ -154,7 +155,7 @@ def row(**values: Any) -> dict[str, Any]:
     """One tidy row; what does not apply is None."""
     unknown = values.keys() - ROW_KEYS - OPTIONAL_KEYS
     if unknown:
-        raise ValueError(f"unknown columns {sorted(unknown)}: a row has {sorted(ROW_KEYS | OPTIONAL_KEYS)}")
+        raise MoeitsError(f"unknown columns {sorted(unknown)}: a row has {sorted(ROW_KEYS | OPTIONAL_KEYS)}")
     return dict.fromkeys(sorted(ROW_KEYS)) | values
 
 
@@ -192,13 +193,13 @@ def latest(step: str, *folders: Path) -> Record:
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If none has one.
     """
     for folder in folders:
         if paths := _files(folder, step):
             return read(max(paths, key=lambda path: path.stat().st_mtime))
-    raise FileNotFoundError(f"there is no record of the step {step!r}: measure it first (see `make help`)")
+    raise MissingError(f"there is no record of the step {step!r}: measure it first (see `make help`)")
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:

@@ -2,13 +2,17 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import DATA, ROOT, whole
 from moeits.study import profiles, records
+from moeits.study.comparison import Comparison
+from moeits.study.measurement import Measurement
 from moeits.study.profiles import Profile
 
 REFERENCE = DATA / "reference" / "laptop"
@@ -28,12 +32,12 @@ def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFER
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If there are no scores.
     """
     found = _newest(Path(results).glob("*.json"))
     if "scores" not in {_step(file) for file in found}:
-        raise FileNotFoundError(f"{results} holds no scores: run `make book` first")
+        raise MissingError(f"{results} holds no scores: run `make book` first")
     before = list(Path(reference).glob("*.json"))
     sizes = [sum(_step(file) == "rival" for file in files) for files in (found, before)]
     if sizes[0] < sizes[1]:
@@ -56,6 +60,71 @@ def _newest(files: Iterable[Path]) -> list[Path]:
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         found[records.read(file).identity] = file
     return sorted(found.values())
+
+
+def check(reference: Path = REFERENCE, sample: Iterable[Measurement] | None = None) -> pd.DataFrame:
+    """Measure a few of the committed records again with today's code, and compare all but times and memory.
+
+    Parameters
+    ----------
+    reference : Path
+        Folder of the records.
+    sample : iterable of Measurement, optional
+        What is measured again; by default a few minutes' work on the first model of the laptop profile.
+
+    Returns
+    -------
+    DataFrame
+        Step, method, task, metric, variant, committed and measured value, and the relative difference.
+
+    Raises
+    ------
+    MissingError
+        If a question has no committed record.
+    MoeitsError
+        If a value differs by more than :data:`TOLERANCE`; the message has the lines.
+    """
+    lines = []
+    for measurement in _sample() if sample is None else sample:
+        committed = records.find(reference, measurement.step, measurement.inputs)
+        if not committed:
+            raise MissingError(
+                f"{reference} holds no {measurement.step} record of {dict(measurement.inputs)}: "
+                "where the settings have changed, run `make book` and `make reference`"
+            )
+        both = records.frame(committed[-1:]).merge(
+            records.frame([measurement.take()]), on=["step", *_ROW], suffixes=("", " again"), how="outer"
+        )
+        lines.append(both[~both.unit.isin(_SPEEDS)])
+    table = pd.concat(lines)[["step", *_ROW, "value", "value again"]]
+    table["difference"] = (table["value again"] / table.value - 1).where(
+        table.value != table["value again"], 0
+    )
+    wrong = table[~(table.difference.abs() <= TOLERANCE)]
+    if len(wrong):
+        raise MoeitsError(f"these results are not those that are committed:\n{wrong.to_string(index=False)}")
+    return table
+
+
+def _sample() -> list[Measurement]:
+    profile = profiles.load("laptop", device="cpu", dtype="bfloat16")
+    compared = Comparison(profile, next(iter(profile.models)))
+    cells = [("whole", 1.0), ("moeits", 0.5), ("reap", 0.25), ("dern", 0.5), ("random 1", "own")]
+    return [
+        *(compared.study._nmi, *compared.measurements("statistics")),
+        *(
+            one
+            for one in compared.measurements("rival")
+            if (one.inputs["method"], one.inputs["budget"]) in cells
+        ),
+    ]
+
+
+TOLERANCE = 0.01
+"""Relative difference up to which two machines agree."""
+
+_ROW = ["model", "method", "task", "metric", "variant", "unit"]
+_SPEEDS = ("s", "bytes", "tokens/s", "token/s")
 
 
 def summary(folder: Path, profile: Profile) -> pd.DataFrame:
@@ -156,7 +225,7 @@ def update_readme(readme: Path = ROOT / "README.md", reference: Path = REFERENCE
         f"{first}.*{last}", lambda _: f"{_MARKS[0]}\n{table}{_MARKS[1]}", text, flags=re.DOTALL
     )
     if count != 1:
-        raise ValueError(f"{readme} does not have the two marks {_MARKS[0]} and {_MARKS[1]}")
+        raise MoeitsError(f"{readme} does not have the two marks {_MARKS[0]} and {_MARKS[1]}")
     with whole(Path(readme)) as part:
         part.write_text(new, encoding="utf-8")
 
@@ -176,5 +245,8 @@ def _step(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    publish()
-    update_readme()
+    if sys.argv[1:] == ["--check"]:
+        print(check().to_string(index=False))
+    else:
+        publish()
+        update_readme()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moeits import paper
+from moeits.errors import ExistsError, MoeitsError
 from moeits.machine.paths import whole
 
 
@@ -58,23 +59,23 @@ def standin(name: str, folder: Path | str, *, layers: int = 2, shrink: int = 1, 
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there is no such model, or a number is out of range.
-    FileExistsError
+    ExistsError
         If the folder exists.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     folder, known = Path(folder), names()
     if name not in known:
-        raise ValueError(f"no stand-in is called {name!r}: there are {', '.join(known)}")
+        raise MoeitsError(f"no stand-in is called {name!r}: there are {', '.join(known)}")
     if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another folder, or remove it first")
+        raise ExistsError(f"{folder} exists: choose another folder, or remove it first")
     settings = dict(paper.models()[known[name]]["config"])
     widths = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
     first = settings.get("first_k_dense_replace", 0) + 1
     if layers < first or shrink < 1 or any(settings[key] % shrink for key in widths if key in settings):
-        raise ValueError(
+        raise MoeitsError(
             f"layers is {layers} and shrink is {shrink}: {name} needs {first} or more layers, a divisor of "
             f"{', '.join(str(settings[key]) for key in widths if key in settings)}"
         )

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy.special import stdtr
 
 from moeits import criteria, evaluation
+from moeits.errors import MoeitsError
 from moeits.machine.paths import DATA
 from moeits.study import comparison, records
 from moeits.study.comparison import FINAL, FORMATS, REFERENCE, Comparison, label, removes
@@ -208,7 +209,7 @@ def by_chance(blocks: int) -> float:
 def paired(cell: Record, other: Record) -> tuple[float, float]:
     """Difference of two cells in bits per byte, and its standard error over the blocks of the same text."""
     if cell.details["bytes"] != other.details["bytes"]:
-        raise ValueError("the two cells were not measured on the same text")
+        raise MoeitsError("the two cells were not measured on the same text")
     bits = (np.array(cell.details["nats"]) - np.array(other.details["nats"])) / math.log(2)
     return evaluation.ratio(bits, cell.details["bytes"])
 

@@ -32,6 +32,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine import energy
 from moeits.machine.paths import CACHE, DATA, whole
 from moeits.models.families import expert_block, moe_layers
@@ -281,12 +282,12 @@ def find(name: str) -> Plan:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If no model has this name; the message lists the names.
     """
     known = plans()
     if name not in known:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(known)}")
+        raise MoeitsError(f"unknown model {name!r}: expected one of {', '.join(known)}")
     return known[name]
 
 
@@ -310,12 +311,12 @@ def load(name: str) -> PreTrainedModel:
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the model has not been trained.
     """
     folder = find(name).folder
     if not (folder / FACTS).exists():
-        raise FileNotFoundError(f"the model {name} has not been trained: run `make train MODEL={name}`")
+        raise MissingError(f"the model {name} has not been trained: run `make train MODEL={name}`")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -353,7 +354,7 @@ def make(plan: Plan, *, progress: bool = False) -> Path:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the folder holds a model of other settings or another text.
     """
     text = corpus.load("training")
@@ -367,7 +368,7 @@ def make(plan: Plan, *, progress: bool = False) -> Path:
         before = json.loads(done.read_text())
         now = json.loads(json.dumps(inputs | {"schedule": plan.schedule.model_dump()}))
         if other := sorted(key for key in now if before["settings"].get(key) != now[key]):
-            raise ValueError(
+            raise MoeitsError(
                 f"{plan.folder} holds a model trained with another {', '.join(other)}: "
                 "delete that folder to train it anew"
             )
@@ -435,7 +436,7 @@ def stream(text: corpus.Text, plan: Plan) -> np.ndarray:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the text is too short.
     """
     order = np.random.default_rng(plan.seed).permutation(len(text))
@@ -446,7 +447,7 @@ def stream(text: corpus.Text, plan: Plan) -> np.ndarray:
     skipped = max(0, plan.first - int(position[wanted & (position + lengths > plan.first)][0]))
     tokens = np.concatenate([text.document(i) for i in taken])[skipped:]
     if tokens.size < plan.schedule.tokens:
-        raise ValueError(
+        raise MoeitsError(
             f"{plan.name} reads {plan.schedule.tokens} tokens of {', '.join(plan.domains)}, "
             f"but only {tokens.size} are left"
         )
@@ -523,7 +524,7 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 of a model's weights file."""
     file = folder / "model.safetensors"
     if not file.exists():
-        raise FileNotFoundError(f"{folder.name} must be trained first: run `make train MODEL={folder.name}`")
+        raise MissingError(f"{folder.name} must be trained first: run `make train MODEL={folder.name}`")
     return sha256(file.read_bytes()).hexdigest()
 
 

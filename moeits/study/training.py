@@ -21,10 +21,15 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from moeits.errors import MoeitsError
 from moeits.machine.paths import whole
 from moeits.models.families import moe_layers
 
 STATE = "state.safetensors"
+
+
+class LossError(MoeitsError, FloatingPointError):
+    """The loss of a training is not finite."""
 
 
 class Schedule(BaseModel):
@@ -191,13 +196,13 @@ def train(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If there are too few tokens, or the folder holds a training with other settings.
-    FloatingPointError
+    LossError
         If the loss is not finite; the last state stays.
     """
     if tokens.size < schedule.tokens:
-        raise ValueError(
+        raise MoeitsError(
             f"{schedule.steps} steps read {schedule.tokens} tokens, but the text has {tokens.size}"
         )
     device = next(model.parameters()).device
@@ -249,7 +254,7 @@ def train(
             (loss + schedule.balance * balance + schedule.z * spread).backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             if not math.isfinite(loss.item() + norm.item()):
-                raise FloatingPointError(
+                raise LossError(
                     f"{folder.name}: the loss is {loss.item()} at step {step} of {schedule.steps}. "
                     f"The last good state is {file}; its learning rate was {schedule.learning_rate}"
                 )
@@ -297,7 +302,7 @@ def _restore(
         before = json.loads(facts["settings"])
         if other := sorted(key for key in before.keys() | settings if before.get(key) != settings.get(key)):
             told = "; ".join(f"{key}: {before.get(key)} then, {settings.get(key)} now" for key in other)
-            raise ValueError(
+            raise MoeitsError(
                 f"{file.parent} holds a training with other settings ({told}): "
                 "set them as they were, or delete that folder to start again"
             )

@@ -15,6 +15,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 from scipy import stats
 
+from moeits.errors import MoeitsError
 from moeits.study.measurement import Measurement
 from moeits.study.records import Record, load, row
 
@@ -106,7 +107,7 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
 
     Raises
     ------
-    FileNotFoundError
+    MissingError
         If the model has not been trained.
     """
     from moeits.study import anatomy, corpus, trained
@@ -314,12 +315,12 @@ def estimate(values: Sequence[float], margin: float | None = None) -> Estimate:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         For fewer than two values: one training gives no error over trainings.
     """
     values = np.asarray(values, float)
     if len(values) < 2:
-        raise ValueError("an error over trainings needs two or more of them")
+        raise MoeitsError("an error over trainings needs two or more of them")
     mean, error = float(values.mean()), float(stats.sem(values))
     free = len(values) - 1
     half = stats.t.ppf(1 - LEVEL / 2, free) * error

@@ -126,8 +126,8 @@ def test_a_method_that_changes_weights_is_measured_with_them(compared, folder):
 def test_a_cell_is_measured_once(compared, monkeypatch):
     first = compared.cell("reap", 0.5)
     again = Comparison(compared.profile, "tiny")
-    monkeypatch.setattr(Comparison, "_measure", None)
-    monkeypatch.setattr(Comparison, "_gather", None)
+    monkeypatch.setattr(evaluation, "log_losses", None)
+    monkeypatch.setattr("moeits.criteria.statistics.gather", None)
     assert again.cell("reap", 0.5) == first
     assert again.found() == [first]
 
@@ -182,6 +182,16 @@ def test_what_is_impossible_is_recorded_with_its_reason(compared, monkeypatch):
     assert "coarsest codes" in shown.impossible[0]
 
 
+def test_a_bug_of_a_criterion_is_no_result(compared, monkeypatch):
+    def bug(*_):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(criteria.Criterion, "keep", bug)
+    with pytest.raises(ValueError, match="broadcast"):
+        compared.cell("first", 0.5)
+    assert not list(compared.study.records.glob("rival-*"))
+
+
 def test_the_oracle_tries_every_subset_by_the_models_loss(compared, folder, monkeypatch):
     calibration = tokens(seed=1, batch=4, length=20)
     oracle = compared.oracle()
@@ -201,7 +211,7 @@ def test_the_oracle_tries_every_subset_by_the_models_loss(compared, folder, monk
         f"layer {number}": pytest.approx(np.mean(layer["nats"], axis=1).min(), abs=1e-6)
         for number, layer in layers.items()
     }
-    assert compared.oracle_found() == oracle
+    assert compared.found("oracle") == [oracle]
     monkeypatch.setattr("moeits.criteria.controls.SUBSETS", 69)
     assert "70 subsets of 4 of 8" in compared._try_subsets()[1]["impossible"]
 
@@ -290,7 +300,7 @@ def test_forms_are_timed_with_the_bytes_they_are_asked_for(compared, monkeypatch
     assert labels[0] == "tiny: speed of whole, 100%"
     assert len(asked) == len(labels) == 11
     assert (["sparse"], 0.25, {1: [0, 1], 2: [0, 1]}) in asked
-    found = Comparison(profile, "tiny").speeds_found()
+    found = Comparison(profile, "tiny").found("speed")
     assert {row["metric"]: row["value"] for row in found[0].rows} == {
         "prefill": 9.0,
         "decode": 3.0,
@@ -382,7 +392,7 @@ def test_a_final_is_healed_before_it_is_measured(scored, folder):
     assert expected != pytest.approx(values(scored.cell("reap", 0.5))["perplexity"], rel=1e-3)
     (mean,) = (row for row in final.rows if row["task"] == "mean" and row["variant"] == "acc")
     assert mean["value"] == 0.75
-    assert [record.id for record in scored.finals_found()] == [final.id]
+    assert [record.id for record in scored.found("final")] == [final.id]
 
 
 def test_a_final_is_healed_by_lora_and_by_both(scored, folder, tmp_path):

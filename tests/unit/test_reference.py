@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import DATA, ROOT
 from moeits.study import profiles, records, reference
 from moeits.study.comparison import Comparison
@@ -134,6 +135,24 @@ def test_committed_records_are_found_by_todays_settings(monkeypatch):
             assert ours <= {one.identity for one in asked}, (name, step)
             found |= ours
     assert len(found) > 500
+
+
+def test_committed_records_are_measured_again_and_compared(tmp_path):
+    def question(value, seconds=1.0):
+        rows = [
+            records.row(model="m", metric="perplexity", value=value, unit="1"),
+            records.row(model="m", metric="seconds", value=seconds, unit="s"),
+        ]
+        return Measurement(tmp_path, "rival", {"method": "reap"}, lambda: (rows, {}))
+
+    with pytest.raises(MissingError, match=r"holds no rival record of \{'method': 'reap'\}"):
+        reference.check(tmp_path, [question(20.0)])
+    question(20.0).record()
+    table = reference.check(tmp_path, [question(20.1, seconds=9.0)])
+    assert table[["metric", "value", "value again"]].values.tolist() == [["perplexity", 20.0, 20.1]]
+    for value in (20.3, float("nan")):
+        with pytest.raises(MoeitsError, match=r"not those that are committed(.|\n)*perplexity"):
+            reference.check(tmp_path, [question(value)])
 
 
 def test_the_readme_shows_the_committed_records():
