@@ -412,8 +412,10 @@ def choose(
     made_by : mapping
         What made them: ``model``, ``fingerprint``, ``preset``, ``diagonal``, ``minimum`` (fewest experts per
         layer), ``groups`` (of the router), each where it is known.
-    diagonal, at_least : optional
+    diagonal : optional
         As in :func:`select_experts`; what `made_by` says by default.
+    at_least : int, optional
+        Fewest experts per layer, where the minimum that `made_by` says is not higher.
     **budget
         Exactly one of tau, n_keep and share, as in :func:`select_layers`.
 
@@ -426,7 +428,7 @@ def choose(
     """
     options = {
         "diagonal": diagonal or made_by.get("diagonal", "zero"),
-        "at_least": made_by.get("minimum", 1) if at_least is None else at_least,
+        "at_least": max(made_by.get("minimum", 1), 1 if at_least is None else at_least),
     }
     groups = made_by.get("groups", 1)
     found, selections = select_layers(matrices, **budget, **options, groups=groups)

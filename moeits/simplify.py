@@ -17,6 +17,7 @@ def simplify(
     share: float | None = None,
     preset: str = "paper",
     at_least: int | None = None,
+    at_least_top_k: bool = False,
     n_jobs: int | None = None,
 ) -> "nn.Module":
     """Algorithm 1 without healing: measure NMI, select, cut the model.
@@ -30,7 +31,10 @@ def simplify(
     preset : {"paper", "official"}
         See :data:`moeits.nmi.PRESETS`.
     at_least : int, optional
-        Fewest experts per layer; the family's minimum by default.
+        Fewest experts per layer, where the family's minimum is not higher.
+    at_least_top_k : bool, default=False
+        Keep so many experts in every layer that a token can use as many as before. Otherwise top-k shrinks
+        where fewer remain, with a warning.
     n_jobs : int, optional
         Threads of the NMI; all cores by default.
 
@@ -43,7 +47,7 @@ def simplify(
     ----------
     Algorithm 1 of arXiv 2604.10603.
     """
-    from moeits.models.families import expert_block, moe_layers
+    from moeits.models.families import check_budgets, expert_block, moe_layers
     from moeits.models.folder import load_model
     from moeits.models.surgery import prune_model
     from moeits.nmi import PRESETS, nmi_matrix
@@ -54,6 +58,7 @@ def simplify(
     layers = moe_layers(model)
     if preset not in PRESETS:
         raise MoeitsError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
+    check_budgets(layers, tau=tau, n_keep=n_keep, share=share)
     chosen = PRESETS[preset]
     weights = chosen.projection_weights(model.config.model_type)
     matrices = {
@@ -66,7 +71,7 @@ def simplify(
         "model": Path(model.name_or_path).name,
         "preset": preset,
         "diagonal": chosen.diagonal,
-        "minimum": max(layer.minimum for layer in layers),
+        "minimum": max(layer.least_for_top_k if at_least_top_k else layer.minimum for layer in layers),
         "groups": max(layer.groups for layer in layers),
     }
     _, kept = choose(matrices, made_by, at_least=at_least, tau=tau, n_keep=n_keep, share=share)

@@ -49,12 +49,14 @@ def select_from_folder(
     """
     from moeits import corpus
     from moeits.criteria.statistics import gather, layers_of, random_tokens
-    from moeits.models.folder import load_model, load_tokenizer
+    from moeits.models.families import check_budgets, moe_layers
+    from moeits.models.folder import hollow_model, load_model, load_tokenizer, read_config
     from moeits.models.safetensors import fingerprint
 
     criterion = criteria.criterion(name)
     if criterion.score is None and criterion.choose is None:
         raise MoeitsError(f"{criterion.title} chooses no experts: nothing to write into a kept.json")
+    check_budgets(moe_layers(hollow_model(read_config(folder))), n_keep=n_keep, share=share)
     model = load_model(folder)
     statistics, probe, used = None, None, 0
     if criterion.needs_calibration:

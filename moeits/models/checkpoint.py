@@ -30,7 +30,7 @@ from moeits.machine.keys import code_digest, digest, versions
 from moeits.machine.paths import CACHE, check_writable, whole
 from moeits.machine.spread import unordered
 from moeits.models.card import read_card
-from moeits.models.families import MoELayer, moe_layers, router_dimension, sizes
+from moeits.models.families import MoELayer, check_budgets, moe_layers, router_dimension, sizes
 from moeits.models.folder import (
     carry_files,
     check_target,
@@ -41,7 +41,6 @@ from moeits.models.folder import (
 from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
 from moeits.models.surgery import complete, compose, pruned_settings, warn_of_top_k
 from moeits.nmi import PRESETS, nmi_matrix
-from moeits.selection import check_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -277,16 +276,7 @@ def check_prunable(
         for number, layer in layers.items()
     }
     floor = max(floors.values())
-    for number, layer in layers.items():
-        check_budget(
-            layer.num_experts,
-            tau=tau,
-            n_keep=n_keep,
-            share=share,
-            at_least=min(floor, layer.num_experts),
-            groups=layer.groups,
-            where=f"layer {number}: ",
-        )
+    check_budgets(layers.values(), floor, tau=tau, n_keep=n_keep, share=share)
     groups = max(layer.groups for layer in layers.values())
     fewest = {number: min(n_keep or floor, layer.num_experts) for number, layer in layers.items()}
     if share is not None:

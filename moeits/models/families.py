@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moeits.errors import BudgetError, MoeitsError
+from moeits.selection import check_budget
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,29 @@ def check_kept(layers: Sequence[MoELayer], kept: Mapping[int, Sequence[int]]) ->
         number: _check_experts(layer, kept[number]) if number in kept else tuple(range(layer.num_experts))
         for number, layer in known.items()
     }
+
+
+def check_budgets(layers: Iterable[MoELayer], at_least: int = 1, **budget: float | None) -> None:
+    """Check a budget against all layers of a model, before anything is measured.
+
+    Parameters
+    ----------
+    layers : iterable of MoELayer
+        The model's layers.
+    at_least : int, default=1
+        Fewest experts per layer, where the family's minimum is not higher.
+    **budget
+        tau, n_keep and share, as in :func:`moeits.selection.check_budget`.
+
+    Raises
+    ------
+    BudgetError
+        See there; the message names the layer.
+    """
+    for layer in layers:
+        floor = min(max(at_least, layer.minimum), layer.num_experts)
+        where = f"layer {layer.layer}: "
+        check_budget(layer.num_experts, **budget, at_least=floor, groups=layer.groups, where=where)
 
 
 @dataclass(frozen=True)

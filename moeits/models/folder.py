@@ -493,5 +493,5 @@ class Pruned{base}({base}):
         super().save_pretrained(save_directory, *args, **kwargs)
         file = Path(save_directory) / "config.json"
         settings = json.loads(file.read_text()) | {{"experts_implementation": STOP}}
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        file.write_text(json.dumps(settings, indent=2))
 '''

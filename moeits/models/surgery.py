@@ -274,7 +274,7 @@ def masked(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[nn.M
     kept = check_kept(layers, kept)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     removed_rows: dict[int, torch.Tensor] = {}
-    top_ks = {layer: layer.top_k_of(len(kept[layer.layer])) for layer in layers if layer.groups > 1}
+    grouped = [layer for layer in layers if layer.groups > 1]
     biases: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in layers:
         removed = sorted(set(range(layer.num_experts)) - set(kept[layer.layer]))
@@ -291,12 +291,12 @@ def masked(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[nn.M
                     tensor.index_fill_(layer.tensors[name], ids, -torch.inf)
     try:
         # Where the selected groups hold fewer experts than top-k, a router would look in other groups.
-        for layer, top_k in top_ks.items():
-            _set_attributes(model, layer.top_ks, top_k)
+        for layer in grouped:
+            _set_attributes(model, layer.top_ks, layer.top_k_of(len(kept[layer.layer])))
         with _MaskedScores(removed_rows):
             yield model
     finally:
-        for layer in top_ks:
+        for layer in grouped:
             _set_attributes(model, layer.top_ks, layer.top_k)
         with torch.no_grad():
             for tensor, before in biases:
