@@ -65,7 +65,7 @@ def discretise(weights: object, bins: str | int = "auto", *, out: np.ndarray | N
     ------
     ConstantError
         If all weights are equal.
-    ValueError
+    MoeitsError
         If there are no weights, or some are NaN or infinite.
     """
     array, bfloat16 = _as_array(weights)

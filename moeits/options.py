@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 import yaml
 
+from moeits.errors import ExistsError, MoeitsError
+
 MODEL = "MODEL is the folder of a checkpoint, or a model of the hub: OWNER/NAME or OWNER/NAME@REVISION."
 
 
@@ -83,7 +85,7 @@ class Command(click.Command):
             logging.set_verbosity_info()
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except MoeitsError as error:
             if debug:
                 raise
             raise click.ClickException(str(error)) from error
@@ -106,7 +108,9 @@ def note(text: str) -> None:
         click.echo(text, err=True)
 
 
-def output(help_: str, *, required: bool = False, default: str | None = None) -> Callable[[Callable], Callable]:
+def output(
+    help_: str, *, required: bool = False, default: str | None = None
+) -> Callable[[Callable], Callable]:
     """Give a command ``--output`` and ``--overwrite``."""
 
     def decorate(command: Callable) -> Callable:
@@ -126,9 +130,9 @@ def output(help_: str, *, required: bool = False, default: str | None = None) ->
 
 
 def check_output(target: Path | None, overwrite: bool) -> None:
-    """Raise a FileExistsError where a command would replace what it was not asked to."""
+    """Raise an ExistsError where a command would replace what it was not asked to."""
     if target is not None and target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: choose another name, or give --overwrite")
+        raise ExistsError(f"{target} exists: choose another name, or give --overwrite")
 
 
 @contextmanager
@@ -139,7 +143,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         yield target
         return
     if not (target / "config.json").is_file():
-        raise FileExistsError(f"{target} is no model folder, and is not replaced: choose another name")
+        raise ExistsError(f"{target} is no model folder, and is not replaced: choose another name")
     made, old = (target.with_name(f"{target.name}.{part}") for part in ("new", "old"))
     yield made
     target.rename(old)

@@ -555,7 +555,7 @@ def heal(
     ------
     ExistsError, PlaceError
         If the target exists or cannot be written.
-    ValueError, HealingError
+    MoeitsError, HealingError
         As :func:`restore`; also if there is nothing to do.
     """
     from moeits.models.folder import (

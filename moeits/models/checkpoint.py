@@ -261,7 +261,7 @@ def check_prunable(
         model that the budget allows.
     BudgetError
         If the budget cannot be kept.
-    FileNotFoundError, ValueError
+    MissingError, MoeitsError
         As :func:`expert_blocks`; if the folder holds more than a language model, or a router is stored in a
         way that is not known.
     """
@@ -432,7 +432,7 @@ def prune_checkpoint(
     ------
     ExistsError, PlaceError
         If `target` exists or cannot be written; if the disk is too small, before anything is written.
-    FileNotFoundError, ValueError
+    MissingError, MoeitsError
         As :func:`expert_blocks` and :func:`moeits.models.surgery.complete`; if `kept` is of another model by
         its fingerprint; if an expert or router that stays holds NaN or infinite values.
     """
@@ -548,7 +548,7 @@ def stored_bytes(folder: str | Path, kept: Kept | None = None) -> dict[str, Call
 
     Raises
     ------
-    ValueError
+    MoeitsError
         As :func:`expert_blocks` and :func:`moeits.models.surgery.complete`.
     """
     tensors, layers = stored_tensors(folder), _layers_of(Path(folder))

@@ -82,7 +82,7 @@ def save_model(
     ------
     ExistsError, PlaceError
         If the folder exists, or nothing can be written there.
-    ValueError
+    MoeitsError
         If the model was not pruned.
     """
     folder = check_target(folder)

@@ -110,7 +110,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the folder is no pruned model or has no card, or the hub refuses or cannot be reached.
 
     Notes

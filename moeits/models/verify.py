@@ -79,7 +79,7 @@ def verify(
     ------
     MissingError
         If the pruned folder has no ``kept.json``.
-    ValueError
+    MoeitsError
         If the two are not of one model: other layers, or other numbers of experts.
     """
     file = Path(pruned) / "kept.json"

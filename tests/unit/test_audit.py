@@ -1,7 +1,11 @@
 """The ledger's rows say what their checks compute, and stop saying it when a number changes."""
 
+import ast
 import re
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 
@@ -97,6 +101,42 @@ def test_a_changed_number_of_the_paper_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "DATA", tmp_path)
     with pytest.raises(ValueError, match="claim 'averages-2': its check finds 'does not hold'"):
         audit.load(LEDGER)
+
+
+@pytest.mark.parametrize(
+    ("check", "owner", "name", "other"),
+    [
+        ("mean-lead-4", audit, "_rows", lambda _: paper.table(2).set_index("method")),
+        ("total-share-4", audit, "implied_kept", lambda _: {"removed": 5.0}),
+        ("figure-2", audit, "_rows", lambda _: paper.table(4).set_index("method")),
+        ("iterations", "moeits.selection", "select_experts", lambda R, _: Steps(range(len(R) ** 2 // 2))),
+        ("weights-touched", "moeits.histograms", "discretise", lambda weights: Read(weights[0])),
+    ],
+)
+def test_a_check_comes_out_otherwise_where_the_facts_are_others(monkeypatch, check, owner, name, other):
+    before = audit.CHECKS[check]().verdict
+    monkeypatch.setattr(*([owner, name] if owner is audit else [f"{owner}.{name}"]), other)
+    assert audit.CHECKS[check]().verdict != before
+
+
+class Steps(NamedTuple):
+    steps: range
+
+
+class Read(NamedTuple):
+    codes: np.ndarray
+
+
+def test_no_check_has_its_verdict_written_in():
+    tree = ast.parse(Path(audit.__file__).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            verdicts = [
+                part.args[0]
+                for part in ast.walk(node)
+                if isinstance(part, ast.Call) and ast.unparse(part.func) == "Finding"
+            ]
+            assert len(verdicts) != 1 or not isinstance(verdicts[0], ast.Constant), node.name
 
 
 def test_implied_kept_experts_by_hand():

@@ -141,8 +141,7 @@ def compared(model, tmp_path, monkeypatch):
         models={"tiny": settings.model_dump()},
         healing=recipe.model_dump(),
         refit_tokens=64,
-        calibration_tokens=64,
-        tasks=[],
+        calibration_tokens=512,
         dtype="float32",
         device="cpu",
     )
@@ -156,7 +155,7 @@ def compared(model, tmp_path, monkeypatch):
 
 STEPS = {
     "NMI": lambda of: of.study._nmi,
-    "scores": lambda of: of.study._scores(1.25),
+    "scores": lambda of: of.study._scores(1.25, tasks=[]),
     "refit and healing": lambda of: of.study._healing(1.25, "refit + lora"),
     "statistics": lambda of: of._statistics("calibration"),
     "frequency": lambda of: of._cell("frequency", 0.5),
