@@ -56,7 +56,7 @@ class Sizes:
         Tokens of calibration text for the criteria that read some.
     """
 
-    documents: int = 15
+    documents: int = 10
     context: int = 256
     subsets: int = 99
     stratified: int = 39
