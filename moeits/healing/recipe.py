@@ -8,7 +8,7 @@ from moeits.settings import Strict
 
 
 class Recipe(Strict):
-    """Settings of the healing; the defaults are the paper's (section 5.2 of arXiv 2604.10603).
+    """Settings of the healing; the defaults are the paper's (section 5.2 of arXiv 2604.10603) but for `data`.
 
     Attributes
     ----------
@@ -27,8 +27,9 @@ class Recipe(Strict):
     max_tokens : int
         Longest sequence.
     data : str
-        ``packaged``, ``hub:OWNER/NAME`` or the folder of a data set of conversations, such as the paper's own
-        subset of OpenHermes-2.5 after its download (doi:10.5281/zenodo.19535551).
+        ``packaged``, the default, which needs no network; ``hub:OWNER/NAME``; or the folder of a data set of
+        conversations, such as the paper's own subset of OpenHermes-2.5 after its download
+        (doi:10.5281/zenodo.19535551).
     gradient_checkpointing : bool
         Less memory for more time.
     save_every : int

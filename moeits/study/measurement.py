@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeits.machine import energy
-from moeits.machine.keys import code_digest, versions
+from moeits.machine.keys import by_value, code_digest, versions
 from moeits.machine.paths import check_writable
 from moeits.study import records
 from moeits.study.records import Record
@@ -57,6 +57,7 @@ class Measurement:
         return {"code": code, "versions": versions(), "built_on": dict(self.built_on)}
 
     @property
+    @by_value
     def key(self) -> str:
         """Hash of the question and of all that the answer depends on."""
         return f"{self.identity}-{records.maker(self.made_by)}"

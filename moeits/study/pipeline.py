@@ -398,6 +398,9 @@ class Study:
     def controls(self, tau: float) -> list[Record]:
         """Measure the held-out perplexity with as many experts per layer as at `tau`, but random ones.
 
+        The draws are this study's own: ``random 0`` of a :class:`moeits.study.comparison.Comparison` is
+        another subset.
+
         Parameters
         ----------
         tau : float

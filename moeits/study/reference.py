@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from moeits.errors import MissingError, MoeitsError
@@ -142,7 +143,8 @@ def summary(folder: Path, profile: Profile) -> pd.DataFrame:
     DataFrame
         A line for each model and state: model, state, kept (share of the routed experts), perplexity, bits
         per byte and acc (means over the benchmarks) with a column of standard errors each (``perplexity
-        stderr``, ...), questions. Of several random draws or seeds the means.
+        stderr``, ...), questions. Of several random draws or seeds the means, with errors over both text and
+        draws.
     """
     rows = records.frame(records.load(folder, "scores"))
     lines = []
@@ -170,10 +172,17 @@ def summary(folder: Path, profile: Profile) -> pd.DataFrame:
             }
             for measure, values in found.items():
                 line[measure] = values.value.astype(float).mean()
-                line[f"{measure} stderr"] = values.stderr.astype(float).mean()
+                line[f"{measure} stderr"] = _error(values)
             line["questions"] = found["acc"].n.max()
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _error(values: pd.DataFrame) -> float:
+    """Take the standard error of a mean of draws measured on the same text: over text and over draws."""
+    over_text = values.stderr.astype(float).mean()
+    over_draws = values.value.astype(float).sem() if len(values) > 1 else 0.0
+    return float(np.hypot(over_text, over_draws))
 
 
 def results_table(reference: Path = REFERENCE) -> str:

@@ -106,7 +106,7 @@ def test_a_changed_number_of_the_paper_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("check", "owner", "name", "other"),
     [
-        ("mean-lead-4", audit, "_rows", lambda _: paper.table(2).set_index("method")),
+        ("mean-lead-4", audit, "_rows", lambda number: lifted(paper.table(number).set_index("method"))),
         ("total-share-4", audit, "implied_kept", lambda _: {"removed": 5.0}),
         ("figure-2", audit, "_rows", lambda _: paper.table(4).set_index("method")),
         ("iterations", "moeits.selection", "select_experts", lambda R, _: Steps(range(len(R) ** 2 // 2))),
@@ -117,6 +117,10 @@ def test_a_check_comes_out_otherwise_where_the_facts_are_others(monkeypatch, che
     before = audit.CHECKS[check]().verdict
     monkeypatch.setattr(*([owner, name] if owner is audit else [f"{owner}.{name}"]), other)
     assert audit.CHECKS[check]().verdict != before
+
+
+def lifted(table):
+    return table.assign(average=table.average + 9 * (table.index == "MoEITS"))
 
 
 class Steps(NamedTuple):
