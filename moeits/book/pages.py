@@ -103,10 +103,10 @@ def find_record(record: str, folder: Path) -> Path:
     Raises
     ------
     MissingError
-        If neither the folder nor the profiles' folders in its ``results`` and ``reference`` hold it.
+        If neither the folder, nor one in its ``study``, ``results`` or ``reference`` holds it.
     """
     # What was measured here, in results, goes before the copy in reference. Elsewhere others may be writing.
-    places = ("", "reference/*/", "results/*/")
+    places = ("", "study/*/", "reference/*/", "results/*/")
     found = (path for place in places for path in Path(folder).glob(f"{place}*-{record}.json"))
     path = max(found, default=None)
     if path is None:

@@ -579,7 +579,7 @@ def _pages(profile: Profile, book: Path, figures: Path, student: bool) -> list[P
         shown = DATA / "results" / profile.name
         depends = [
             file for step in _SHOWS_ALL.get(notebook, ()) for file in sorted(shown.glob(f"{step}-*.json"))
-        ]
+        ] + [file for pattern in _READS.get(notebook, ()) for file in sorted(DATA.glob(pattern))]
         found.append(
             Page(notebook, target, parameters, pages=book / folder, figures=figures, depends=tuple(depends))
         )
@@ -593,6 +593,12 @@ _SHOWS_ALL = {
     "beyond": ("rival", "final", "oracle"),
     "performance": ("bench-nmi", "bench-evaluation"),
     "own-machine": ("bench-standins",),
+}
+
+# What pages read of the committed study, below data/.
+_READS = {
+    "trained-models": ("study/records/anatomy-*.json", "models/*/training.*"),
+    "trained-selection": ("study/records/selection-*.json",),
 }
 
 

@@ -8,7 +8,7 @@ many of every domain; errors are those over documents.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -187,7 +187,7 @@ def co_activation(chosen: np.ndarray, experts: int) -> np.ndarray:
 
 
 def halves(experts: int, layers: int, subsets: int, seed: int) -> np.ndarray:
-    """Random halves of the experts of every layer.
+    """Draw random halves of the experts of every layer.
 
     Parameters
     ----------
@@ -465,8 +465,11 @@ def removals(model: nn.Module, read: Sample) -> np.ndarray:
     return np.array(found)
 
 
-def subsets(model: nn.Module, read: Sample, kept: np.ndarray) -> np.ndarray:
-    """Losses with subsets of the experts, (subsets, L, kept), in bits: shape (subsets, documents)."""
+def subsets(model: nn.Module, read: Sample, kept: Iterable[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Losses with subsets of the experts, in bits: shape (subsets, documents).
+
+    Each subset is a list of the kept experts of every Mixture-of-Experts layer.
+    """
     numbers = [layer.layer for layer in moe_layers(model)]
     return np.array([_without(model, dict(zip(numbers, one, strict=True)), read) for one in kept])
 
@@ -479,7 +482,7 @@ def _without(model: nn.Module, kept: Mapping[int, Sequence[int]], read: Sample) 
 # The record of a model
 
 
-def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path = RECORDS) -> Record:
+def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) -> Record:
     """Measure one finished model, or read its record.
 
     Parameters
@@ -488,8 +491,8 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path = RECORDS) -> Rec
         One of `trained.plans`.
     sizes : Sizes
         How much is measured.
-    folder : Path
-        Folder of the records.
+    folder : Path, optional
+        Folder of the records; that of the study by default.
 
     Returns
     -------
@@ -526,27 +529,28 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path = RECORDS) -> Rec
         details["cpu_seconds"] = round(time.process_time() - clock, 1)
         return [row(model=name, **one) for one in rows], details
 
-    return Measurement(folder, STEP, inputs, run, provenance={"device": "cpu", "dtype": "float32"}).answer()
+    how = {"device": "cpu", "dtype": "float32"}
+    return Measurement(folder or RECORDS, STEP, inputs, run, provenance=how).answer()
 
 
-def measure_all(names: Sequence[str] = (), *, jobs: int = 1, folder: Path = RECORDS) -> list[Record]:
-    """Measure finished models that have no record yet; a killed run goes on where it was.
+def measure_all(names: Iterable[str] = (), *, jobs: int = 1) -> list[Record]:
+    """Measure every finished model that has no record yet; a killed run goes on where it was.
 
     Parameters
     ----------
-    names : sequence of str, default=()
-        Models; all that are finished if there are none.
+    names : iterable of str
+        Models; all of `trained.plans` by default.
     jobs : int, default=1
         Processes, one thread each.
-    folder : Path
-        Folder of the records.
 
     Returns
     -------
     list of Record
+        Of the finished ones among them.
     """
-    wanted = [name for name in trained.finished() if not names or name in names]
-    return Parallel(n_jobs=jobs)(delayed(measure)(name, folder=folder) for name in wanted)
+    wanted = set(names) or trained.plans().keys()
+    ready = [name for name in trained.finished() if name in wanted]
+    return Parallel(n_jobs=jobs)(delayed(measure)(name) for name in ready)
 
 
 def anatomy(
@@ -631,7 +635,7 @@ def _usage(model: nn.Module, chosen: Routes, read: Sample, sizes: Sizes) -> tupl
         load.append(counts.sum(0) / counts.sum())
         shares.append(domain_shares(counts, read.domain))
         together.append(co_activation(chosen.chosen[position], chosen.experts))
-        top.append(top_tokens(chosen.token, chosen.chosen[position], chosen.experts))
+        top.append(top_tokens(chosen.token, chosen.chosen[position], chosen.experts, decode=_decode))
         measured, null, sd = specialisation(counts, read.domain, sizes.permutations)
         task, n = f"layer {layer.layer}", len(read.ids)
         idle = float((load[-1] < IDLE / chosen.experts).mean())
@@ -708,7 +712,9 @@ def _ancestry(model: nn.Module, sizes: Sizes, slices: int) -> tuple[list, dict]:
     return rows, {"nmi": [_rounded(R[np.triu_indices(len(R), 1)]) for R in matrices]}
 
 
-def top_tokens(token: np.ndarray, chosen: np.ndarray, experts: int) -> list[list[list]]:
+def top_tokens(
+    token: np.ndarray, chosen: np.ndarray, experts: int, *, decode: Callable[[int], str]
+) -> list[list[list]]:
     """Tokens that choose an expert most reliably.
 
     Parameters
@@ -719,6 +725,8 @@ def top_tokens(token: np.ndarray, chosen: np.ndarray, experts: int) -> list[list
         Their experts.
     experts : int
         E.
+    decode : callable
+        Maps a token id to its text.
 
     Returns
     -------
@@ -733,7 +741,7 @@ def top_tokens(token: np.ndarray, chosen: np.ndarray, experts: int) -> list[list
     share = np.where(seen[:, None] >= _RARE, counts / np.maximum(seen, 1)[:, None], 0)
     best = np.argsort(-share, axis=0, kind="stable")[:_TOP].T
     return [
-        [[_decode(number), float(f"{share[number, e]:.3g}")] for number in own if share[number, e] > 0]
+        [[decode(number), float(f"{share[number, e]:.3g}")] for number in own if share[number, e] > 0]
         for e, own in enumerate(best)
     ]
 
@@ -760,14 +768,15 @@ def passages(text: corpus.Text) -> Sample:
 
 
 def coloured(model: nn.Module, read: Sample) -> list[dict[str, Any]]:
-    """Tokens of documents as texts, and the likeliest expert of each in every layer (L, tokens)."""
+    """Tokens of `PASSAGES` as texts, and the likeliest expert of each in every layer (L, tokens)."""
     _, found = routes(model, read)
     return [
         {
+            "source": source,
             "tokens": [_decode(token) for token in found.token[found.document == number][1:]],
             "experts": found.first[:, found.document == number][:, 1:].tolist(),
         }
-        for number in range(len(read.ids))
+        for number, source in enumerate(PASSAGES.values())
     ]
 
 
