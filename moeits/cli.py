@@ -333,14 +333,13 @@ def nmi(
     backend: str | None,
     scheduler: str | None,
 ) -> None:
-    """Measure the NMI of all pairs of experts of the checkpoint in FOLDER.
+    """Measure the NMI of all pairs of experts of the checkpoint in FOLDER, or of a GGUF file.
 
     Layers that are done are remembered: started again, a killed run goes on where it was.
     """
-    from moeits.models.checkpoint import measure_nmi
     from moeits.nmi import write_matrices
 
-    matrices, settings = measure_nmi(
+    matrices, settings = _measure(
         folder,
         preset=preset,
         bins=int(bins) if bins and bins.isdigit() else bins,
@@ -351,6 +350,13 @@ def nmi(
     )
     write_matrices(output, matrices, settings)
     click.echo(f"{output}: {len(matrices)} layers of {settings['model']}")
+
+
+def _measure(model: Path, **options: object) -> tuple:
+    """NMI of a checkpoint's folder, or of a GGUF file."""
+    from moeits.models import checkpoint, gguf
+
+    return (gguf if model.is_file() else checkpoint).measure_nmi(model, **options)
 
 
 def _numbers(text: str) -> list[int]:
@@ -374,6 +380,7 @@ def _numbers(text: str) -> list[int]:
 @click.option("--tau", type=float, help="Intensity: keep little with a small one, much with a large one.")
 @click.option("--n-keep", type=int, help="Experts to keep in every layer.")
 @click.option("--share", type=float, help="Fraction of all routed experts to keep; finds the tau.")
+@click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer.")
 @click.option("--at-least", type=int, help="Fewest experts per layer.  [default: the family's minimum]")
 @click.option(
     "--diagonal",
@@ -397,6 +404,7 @@ def select(
     tau: float | None,
     n_keep: int | None,
     share: float | None,
+    uniform: bool,
     at_least: int | None,
     diagonal: str | None,
     calibration_tokens: int,
@@ -405,8 +413,8 @@ def select(
 ) -> None:
     """Select the experts to keep.
 
-    SOURCE is an nmi.npz of `moeits nmi`, from which MoEITS selects and says why the others go; or, with
-    --criterion, the folder of a model.
+    SOURCE is an nmi.npz of `moeits nmi`, or what that would measure, from which MoEITS selects and says why
+    the others go; or, with --criterion, the folder of a model.
     """
     from moeits.nmi import read_matrices
     from moeits.selection import choose
@@ -419,7 +427,9 @@ def select(
         from moeits.criteria.folder import select_from_folder
 
         budget = _budget(n_keep=n_keep, share=share)
-        kept = select_from_folder(source, criterion, tokens=calibration_tokens, seed=seed, **budget)
+        kept = select_from_folder(
+            source, criterion, tokens=calibration_tokens, seed=seed, uniform=uniform, **budget
+        )
         for layer, ids in kept.layers.items():
             click.echo(f"layer {layer}: keeps {len(ids)} of {kept.num_experts[layer]}: {_short(ids)}")
         click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all")
@@ -427,8 +437,11 @@ def select(
             kept.write(output)
         return
     budget = _budget(tau=tau, n_keep=n_keep, share=share)
-    layers, made_by = read_matrices(source)
-    selections, kept = choose(layers, made_by, diagonal=diagonal, at_least=at_least, **budget)
+    measured = source.is_dir() or source.suffix == ".gguf"
+    layers, made_by = _measure(source, progress=True) if measured else read_matrices(source)
+    selections, kept = choose(
+        layers, made_by, diagonal=diagonal, at_least=at_least, uniform=uniform, **budget
+    )
     for layer, selection in selections.items():
         rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
         floor = "; stopped there by the floor" if selection.floor_reached else ""
@@ -436,7 +449,7 @@ def select(
         for step in selection.steps:
             (i, j), means = step.pair, "{:.6f} and {:.6f}".format(*step.row_means)
             click.echo(f"  {step.removed} goes: NMI({i}, {j}) = {step.nmi:.6f}, row means {means}")
-    found = "" if share is None else f", tau = {kept.budget['tau']:.6g}"
+    found = "" if share is None or uniform else f", tau = {kept.budget['tau']:.6g}"
     click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all{found}")
     if output is not None:
         kept.write(output)
@@ -461,6 +474,7 @@ def _budget(**budget: object) -> dict[str, object]:
 @click.option("--kept", type=click.Path(path_type=Path), help="kept.json with the experts to keep.")
 @click.option("--n-keep", type=int, help="Experts to keep in every layer.")
 @click.option("--share", type=float, help="Fraction of all routed experts to keep; finds the tau.")
+@click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer.")
 @click.option("--nmi", type=click.Path(path_type=Path), help="nmi.npz of this model.  [default: measure it]")
 @click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
 @click.option("--at-least", type=int, help="Fewest experts per layer.  [default: the family's minimum]")
@@ -474,6 +488,7 @@ def prune(
     kept: Path | None,
     n_keep: int | None,
     share: float | None,
+    uniform: bool,
     nmi: Path | None,
     preset: str,
     at_least: int | None,
@@ -481,30 +496,44 @@ def prune(
     n_jobs: int | None,
     trust_remote_code: bool,
 ) -> None:
-    """Remove experts from the checkpoint in FOLDER, file by file, without loading it.
+    """Remove experts from the checkpoint in FOLDER, file by file, without loading it; or from a GGUF file.
 
     Which ones: by the NMI of their weights, within the budget of --tau, --n-keep or --share; or what a
-    kept.json says.
+    kept.json says. A GGUF file holds one number of experts for all layers: --share keeps equally many there.
     """
     from moeits.kept import Kept
-    from moeits.models.checkpoint import check_prunable, measure_nmi, prune_checkpoint
+    from moeits.models import checkpoint, gguf
     from moeits.nmi import read_matrices
     from moeits.selection import choose
 
     budget = _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
     numbers = {name: value for name, value in budget.items() if name != "kept"}
-    limits = check_prunable(folder, output, **numbers, at_least=at_least, at_least_top_k=at_least_top_k)
+    is_gguf = folder.is_file()
+    if is_gguf and tau is not None and not uniform:
+        raise click.UsageError(
+            "--tau keeps different numbers of experts, and a GGUF file holds one number for all layers: "
+            "add --uniform, or give --share or --n-keep"
+        )
+    check = gguf.check_prunable if is_gguf else checkpoint.check_prunable
+    limits = check(folder, output, **numbers, at_least=at_least, at_least_top_k=at_least_top_k)
     if kept is not None:
         choice = Kept.read(kept)
     else:
         matrices, made_by = (
             read_matrices(nmi)
             if nmi is not None
-            else measure_nmi(folder, preset=preset, n_jobs=n_jobs, progress=True)
+            else _measure(folder, preset=preset, n_jobs=n_jobs, progress=True)
         )
-        _, choice = choose(matrices, made_by | limits, **budget)
-    prune_checkpoint(folder, output, choice, trust_remote_code=trust_remote_code, progress=True)
-    _print_sizes(output)
+        _, choice = choose(matrices, made_by | limits, uniform=uniform or is_gguf, **budget)
+    if is_gguf:
+        gguf.prune_gguf(folder, output, choice, progress=True)
+        for file in (folder, output):
+            click.echo(f"{file}: {gguf.read_gguf(file)}, {file.stat().st_size:,} bytes")
+    else:
+        checkpoint.prune_checkpoint(
+            folder, output, choice, trust_remote_code=trust_remote_code, progress=True
+        )
+        _print_sizes(output)
 
 
 @main.command()
@@ -612,13 +641,13 @@ def _print_sizes(folder: Path, kept: Path | None = None) -> None:
     from moeits.kept import Kept
     from moeits.models.card import size_rows
     from moeits.models.families import sizes
-    from moeits.models.folder import hollow_model, read_config
+    from moeits.models.folder import folder_sizes, hollow_model, read_config
     from moeits.models.surgery import prune_model
 
     model = hollow_model(read_config(folder))
     if kept is not None:
         prune_model(model, Kept.read(kept))
-    now = sizes(model)
+    now = folder_sizes(folder) if kept is None else sizes(model)
     before = getattr(model.config.get_text_config(), "unpruned", None)
     rows = pd.DataFrame(size_rows(before or vars(now), now), columns=["", "before", "after", "share"])
     if before is None:

@@ -83,7 +83,7 @@ class Kept:
     def write(self, path: str | Path) -> None:
         """Write ``kept.json``, whole or not at all."""
         with whole(Path(path)) as part:
-            part.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+            part.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> "Kept":
@@ -97,7 +97,22 @@ class Kept:
             If it is not a ``kept.json``, naming what is wrong with it.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise MissingError(f"{path} does not exist: make it with `moeits select`") from error
+        except ValueError as error:
+            raise MoeitsError(f"{path} is not a valid kept.json: {error}") from error
+        return cls.from_json(text, path)
+
+    def to_json(self) -> str:
+        """Write what a ``kept.json`` holds."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: object) -> "Kept":
+        """Read what a ``kept.json`` holds; errors, as of :meth:`read`, name `where` it is from."""
+        try:
+            content = json.loads(text)
             schema = content.pop("schema", None)
             if schema is None:
                 content |= {"top_k": {}, "versions": {}}
@@ -108,17 +123,15 @@ class Kept:
             content["layers"] = {layer: tuple(map(int, ids)) for layer, ids in content["layers"].items()}
             content["top_k"] = {layer: tuple(pair) for layer, pair in content["top_k"].items()}
             kept = cls(**content)
-        except FileNotFoundError as error:
-            raise MissingError(f"{path} does not exist: make it with `moeits select`") from error
         except KeyError as error:
-            raise MoeitsError(f"{path} is not a kept.json: it has no {error.args[0]!r}") from error
+            raise MoeitsError(f"{where} is not a kept.json: it has no {error.args[0]!r}") from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise MoeitsError(f"{path} is not a valid kept.json: {error}") from error
+            raise MoeitsError(f"{where} is not a valid kept.json: {error}") from error
         if schema is None:
             warnings.warn(
-                f"{path} has no schema number: an older moeits wrote it; the next release may not read it: "
+                f"{where} has no schema number: an older moeits wrote it; the next release may not read it: "
                 "select or prune again to renew it",
                 FutureWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return kept

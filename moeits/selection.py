@@ -4,7 +4,7 @@ Source: MoEITS, section 4.2, Algorithms 2 and 3, doi:10.48550/arXiv.2604.10603.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -266,6 +266,29 @@ def select_share(
     return tau, select(tau)
 
 
+def equal_count(share: float, experts: Sequence[int], groups: int = 1, at_least: int = 1) -> int:
+    """Count the experts that every layer keeps of a share, if all keep equally many.
+
+    Parameters
+    ----------
+    share : float
+        Fraction of all routed experts, in (0, 1].
+    experts : sequence of int
+        Experts of each layer.
+    groups, at_least : int, default=1
+        As in :func:`select_experts`.
+
+    Returns
+    -------
+    int
+        Nearest multiple of the groups, halves up; no fewer than `at_least`, as far as the layers have them.
+    """
+    check_budget(min(experts), share=share, at_least=at_least, groups=groups)
+    mean = share * sum(experts) / len(experts)
+    floor = -(-at_least // groups) * groups
+    return min(max(math.floor(mean / groups + 0.5) * groups, floor, groups), min(experts))
+
+
 def select_layers(
     matrices: Mapping[int, np.ndarray],
     *,
@@ -401,6 +424,7 @@ def choose(
     *,
     diagonal: str | None = None,
     at_least: int | None = None,
+    uniform: bool = False,
     **budget: object,
 ) -> tuple[dict[int, Selection], Kept]:
     """Select the experts of every layer within a budget, and put down what made the choice.
@@ -416,6 +440,8 @@ def choose(
         As in :func:`select_experts`; what `made_by` says by default.
     at_least : int, optional
         Fewest experts per layer, where the minimum that `made_by` says is not higher.
+    uniform : bool, default=False
+        Keep equally many experts in every layer: of a share, or of what the tau keeps, each layer's part.
     **budget
         Exactly one of tau, n_keep and share, as in :func:`select_layers`.
 
@@ -431,14 +457,23 @@ def choose(
         "at_least": max(made_by.get("minimum", 1), 1 if at_least is None else at_least),
     }
     groups = made_by.get("groups", 1)
-    found, selections = select_layers(matrices, **budget, **options, groups=groups)
+    budget = {name: value for name, value in budget.items() if value is not None}
+    share = budget.get("share")
+    if uniform and set(budget) == {"tau"}:
+        _, unequal = select_layers(matrices, **budget, **options, groups=groups)
+        share = sum(len(selection.kept) for selection in unequal.values()) / sum(map(len, matrices.values()))
+    if uniform and len(budget) == 1 and share is not None:
+        n_keep = equal_count(share, [len(R) for R in matrices.values()], groups, options["at_least"])
+        found, selections = select_layers(matrices, n_keep=n_keep, **options, groups=groups)
+    else:
+        found, selections = select_layers(matrices, **budget, **options, groups=groups)
     kept = Kept(
         {layer: selection.kept for layer, selection in selections.items()},
         {layer: len(R) for layer, R in matrices.items()},
         model=made_by.get("model", ""),
         fingerprint=made_by.get("fingerprint"),
         criterion=f"nmi, preset {made_by['preset']}" if "preset" in made_by else "nmi",
-        budget={**found, **options},
+        budget={**budget, **found, **options},
         threshold={layer: selection.threshold for layer, selection in selections.items()},
     )
     return selections, kept

@@ -8,6 +8,7 @@ import numpy as np
 from moeits import criteria, evaluation
 from moeits.errors import MoeitsError
 from moeits.kept import Kept
+from moeits.selection import equal_count
 
 ORACLE_TOKENS = 1024
 """Tokens of calibration text that the oracle's loss is measured on, at most."""
@@ -21,6 +22,7 @@ def select_from_folder(
     seed: int = 0,
     n_keep: int | None = None,
     share: float | None = None,
+    uniform: bool = False,
 ) -> Kept:
     """Choose the experts of a checkpoint that stay, by any criterion.
 
@@ -36,6 +38,8 @@ def select_from_folder(
         Of random choices.
     n_keep, share
         The budget, one of them.
+    uniform : bool, default=False
+        Keep equally many experts in every layer, whatever the criterion's own spread.
 
     Returns
     -------
@@ -78,8 +82,11 @@ def select_from_folder(
             for number, layer in layers.items()
         }
     budget = {"n_keep": n_keep} if n_keep is not None else {"share": share}
+    if uniform and n_keep is None:
+        first, experts = next(iter(layers.values())), [layer.experts for layer in layers.values()]
+        n_keep = equal_count(share, experts, first.groups, first.minimum)
     return Kept(
-        criteria.select(name, layers, **budget),
+        criteria.select(name, layers, **({"share": share} if n_keep is None else {"n_keep": n_keep})),
         {number: layer.experts for number, layer in layers.items()},
         model=Path(folder).name,
         fingerprint=fingerprint(folder),

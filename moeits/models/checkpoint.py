@@ -30,14 +30,16 @@ from moeits.machine.keys import code_digest, digest, versions
 from moeits.machine.paths import CACHE, check_writable, whole
 from moeits.machine.spread import unordered
 from moeits.models.card import read_card
-from moeits.models.families import MoELayer, check_budgets, moe_layers, router_dimension, sizes
+from moeits.models.families import MoELayer, check_budgets, moe_layers, router_dimension
 from moeits.models.folder import (
     carry_files,
     check_target,
     describe_folder,
+    folder_sizes,
     hollow_model,
     read_config,
 )
+from moeits.models.quantised import SCALES, Dequantised, Format, renumbered, split_name
 from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
 from moeits.models.surgery import complete, compose, pruned_settings, warn_of_top_k
 from moeits.nmi import PRESETS, nmi_matrix
@@ -71,6 +73,10 @@ _EXPERT = re.compile(
     r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:\w+\.)*?(?:experts|block_sparse_moe)"
     r"\.(?:(?P<expert>\d+)\.)?(?P<word>\w+?)(?:\.weight)?$"
 )
+
+
+# By expert (None for all of them), and by what it holds of the weight: a StoredTensor.
+_Stored = Mapping[int | None, Mapping[str, StoredTensor]]
 
 
 def family(folder: str | Path) -> str:
@@ -187,18 +193,19 @@ def expert_blocks(
     """
     config = read_config(folder)
     tensors = stored_tensors(folder)
-    _check_quantisation(folder, config, tensors)
+    quantised = _quantisation(folder, config, tensors)
     expected = {layer.layer: layer for layer in moe_layers(hollow_model(config))}
     if unknown := sorted(set(layers or ()) - set(expected)):
         raise MoeitsError(f"{folder} has no experts in layer {unknown}: it has them in {sorted(expected)}")
-    stored = defaultdict(lambda: defaultdict(dict))
+    stored = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for tensor in tensors.values():
-        match = _EXPERT.search(tensor.name)
+        name, part = split_name(tensor.name) if quantised else (tensor.name, "weight")
+        match = _EXPERT.search(name)
         if match and match["word"] in _ROLES:
             expert = None if match["expert"] is None else int(match["expert"])
-            stored[int(match["layer"])][_ROLES[match["word"]]][expert] = tensor
+            stored[int(match["layer"])][_ROLES[match["word"]]][expert][part] = tensor
     blocks = [
-        ExpertBlock(number, layer.minimum, layer.groups, _projections(layer, stored[number]))
+        ExpertBlock(number, layer.minimum, layer.groups, _projections(layer, stored[number], quantised))
         for number, layer in expected.items()
         if layers is None or number in layers
     ]
@@ -206,18 +213,18 @@ def expert_blocks(
         yield block.layer, block
 
 
-def _check_quantisation(
+def _quantisation(
     folder: str | Path, config: "PreTrainedConfig", tensors: Mapping[str, StoredTensor]
-) -> None:
-    """Refuse quantised weights; where only the configuration says so, name what to remove from it."""
+) -> Format | None:
+    """Find how weights are quantised; where only the configuration says so, name what to remove from it."""
     if not (settings := getattr(config, "quantization_config", None)):
-        return
+        return None
     method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
     scaled = [
         name for name in tensors if re.search(r"scales?(_inv)?$|q(weight|zeros)$|_packed$|absmax$", name)
     ]
     if scaled or {tensor.dtype for tensor in tensors.values()} - set(_DTYPES) - {"I64", "I32", "BOOL"}:
-        raise MoeitsError(f"{folder}: the weights are quantised ({method}); save the model dequantised first")
+        return Format.of(settings, folder)
     raise MoeitsError(
         f"{Path(folder) / 'config.json'} says that the weights are quantised ({method}), but they are stored "
         "in floating point: remove the key 'quantization_config' from it"
@@ -292,7 +299,7 @@ def check_prunable(
         piece.size for piece in _pieces(tensors.values(), layers, {n: range(c) for n, c in fewest.items()})
     )
     if target is not None:
-        _check_disk(Path(target), size)
+        check_disk(Path(target), size)
     return {"groups": groups, "minimum": floor}
 
 
@@ -308,7 +315,8 @@ def _layers_of(source: Path) -> dict[int, MoELayer]:
     return {layer.layer: layer for layer in moe_layers(hollow_model(read_config(source)))}
 
 
-def _check_disk(target: Path, size: int) -> None:
+def check_disk(target: Path, size: int) -> None:
+    """Check that a disk has room for a new folder or file of so many bytes."""
     if (free := shutil.disk_usage(target.absolute().parent).free) < size:
         raise PlaceError(
             f"{target}: the pruned model needs {size:,} bytes, free are {free:,}: choose a larger disk"
@@ -360,16 +368,54 @@ def measure_nmi(
     MissingError, MoeitsError
         As :func:`expert_blocks` and :func:`moeits.nmi.nmi_matrix`; with the layer.
     """
+    blocks = dict(expert_blocks(folder, layers))
+    about = {"model": _name(folder), "family": family(folder), "fingerprint": fingerprint(folder)}
+    return measure_blocks(
+        blocks,
+        about,
+        expert_blocks,
+        preset=preset,
+        bins=bins,
+        n_jobs=n_jobs,
+        backend=backend,
+        progress=progress,
+        **backend_options,
+    )
+
+
+def measure_blocks(
+    blocks: Mapping[int, ExpertBlock],
+    about: Mapping[str, str],
+    reader: Callable,
+    *,
+    preset: str = "paper",
+    bins: str | int | None = None,
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    progress: bool = False,
+    **backend_options: object,
+) -> tuple[dict[int, np.ndarray], dict[str, object]]:
+    """NMI matrices of expert blocks, wherever they lie, as :func:`measure_nmi`.
+
+    Parameters
+    ----------
+    blocks : mapping of int to ExpertBlock
+        By layer.
+    about : mapping of str to str
+        ``model`` (name), ``family`` and ``fingerprint`` of the checkpoint.
+    reader : callable
+        What made the blocks: a change of its code makes what is remembered of them void.
+    preset, bins, n_jobs, backend, progress, **backend_options
+        As in :func:`measure_nmi`.
+    """
     if preset not in PRESETS:
         raise MoeitsError(f"preset is {preset!r}: choose one of {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
-    blocks = dict(expert_blocks(folder, layers))
-    kind = family(folder)
     settings = {
-        "fingerprint": fingerprint(folder),
+        "fingerprint": about["fingerprint"],
         "bins": chosen.bins if bins is None else bins,
-        "projection_weights": chosen.projection_weights(kind),
-        "code": code_digest(expert_blocks, _layer_nmi),
+        "projection_weights": chosen.projection_weights(about["family"]),
+        "code": code_digest(reader, _layer_nmi),
         "versions": versions(),
     }
     done = CACHE / "nmi" / f"layers-{digest(settings)}"
@@ -386,8 +432,8 @@ def measure_nmi(
         with whole(files[layer], once=True) as part, part.open("wb") as stream:
             np.save(stream, R)
     settings |= {
-        "model": _name(folder),
-        "family": kind,
+        "model": about["model"],
+        "family": about["family"],
         "preset": preset,
         "diagonal": chosen.diagonal,
         "minimum": max(block.minimum for block in blocks.values()),
@@ -456,13 +502,15 @@ def prune_checkpoint(
     warn_of_top_k(kept)
     tensors = stored_tensors(source)
     pieces = _pieces(tensors.values(), layers, kept.layers)
+    if quantisation := settings.get("quantization_config"):
+        settings["quantization_config"] = renumbered(quantisation, kept.layers, kept.num_experts)
 
     files = defaultdict(list)
     for piece in sorted(pieces, key=lambda piece: piece.tensor.start):
         files[piece.tensor.file].append(piece)
     size = sum(piece.size for piece in pieces)
-    _check_disk(target, size)
-    before = sizes(hollow_model(read_config(source)))
+    check_disk(target, size)
+    before = folder_sizes(source)
     with whole(target) as part:
         part.mkdir()
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="prune", disable=not progress)
@@ -565,9 +613,13 @@ def stored_bytes(folder: str | Path, kept: Kept | None = None) -> dict[str, Call
 
 def _experts_dimension(tensor: StoredTensor, experts: int) -> int | None:
     """Along which dimension a tensor of a Mixture-of-Experts layer is cut, if at all."""
+    scales = bool(SCALES.search(tensor.name))
     if _ROUTER.search(tensor.name) and "attn." not in tensor.name:
+        if scales:
+            raise MoeitsError(f"{tensor.name}: a quantised router cannot be pruned")
         return router_dimension(tensor.name, tensor.shape, experts)
-    if _ALL_EXPERTS.search(tensor.name) and len(tensor.shape) > 1 and tensor.shape[0] == experts:
+    listed = len(tensor.shape) > 1 or scales
+    if _ALL_EXPERTS.search(tensor.name) and listed and tensor.shape[:1] == (experts,):
         return 0
     return None
 
@@ -641,45 +693,51 @@ def _layer_nmi(block: ExpertBlock, options: Mapping[str, object]) -> tuple[int, 
 
 
 def _projections(
-    layer: MoELayer, stored: Mapping[str, Mapping[int | None, StoredTensor]]
-) -> dict[str, Projection]:
+    layer: MoELayer, stored: Mapping[str, _Stored], quantised: Format | None
+) -> dict[str, Projection | Dequantised]:
     """Find each projection of a layer among its stored tensors, by role and expert (None for all experts)."""
     weights = dict(layer.experts.named_parameters(recurse=False))
     neurons = 2 if layer.transposed else 1
+    whole_ = partial(_whole, layer, quantised)
     found = {}
     if "gate_up_proj" in weights:
         both = weights["gate_up_proj"].shape[1:]
         half = tuple(size // 2 if axis == neurons else size for axis, size in enumerate(both, start=1))
         if "gate" in stored or "up" in stored:
-            found |= {name: _whole(layer, name, stored.get(name, {}), half) for name in ("gate", "up")}
+            found |= {name: whole_(name, stored.get(name, {}), half) for name in ("gate", "up")}
         else:
             role = next((role for role in stored if role.endswith("gate_up")), "gate_up")
             interleaved = role != "gate_up" or not getattr(layer.experts, "is_concatenated", True)
-            projection = _whole(layer, role, stored.get(role, {}), tuple(both))
+            projection = whole_(role, stored.get(role, {}), tuple(both))
             found |= _halves(projection, interleaved=interleaved)
     else:
-        found["up"] = _whole(layer, "up", stored.get("up", {}), tuple(weights["up_proj"].shape[1:]))
-    found["down"] = _whole(layer, "down", stored.get("down", {}), tuple(weights["down_proj"].shape[1:]))
+        found["up"] = whole_("up", stored.get("up", {}), tuple(weights["up_proj"].shape[1:]))
+    found["down"] = whole_("down", stored.get("down", {}), tuple(weights["down_proj"].shape[1:]))
     return found
 
 
 def _whole(
-    layer: MoELayer, role: str, tensors: Mapping[int | None, StoredTensor], shape: tuple[int, ...]
-) -> Projection:
+    layer: MoELayer, quantised: Format | None, role: str, stored: _Stored, shape: tuple[int, ...]
+) -> Projection | Dequantised:
     """Put one role's tensors together, after checking that every expert has one of the right shape."""
     where = f"layer {layer.layer}: {role}"
+    experts = set(range(layer.num_experts))
+    if None not in stored and (missing := sorted(experts - set(stored))):
+        which = "all experts" if len(missing) == len(experts) else f"expert {', '.join(map(str, missing))}"
+        raise MoeitsError(f"{where} of {which} is missing in the checkpoint")
+    if len(stored) > layer.num_experts:
+        raise MoeitsError(f"{where}: {len(stored)} experts, but {layer.num_experts} by the configuration")
+    if quantised and not all(
+        set(parts) == {"weight"} and parts["weight"].dtype in _DTYPES for parts in stored.values()
+    ):
+        matrix = shape[::-1] if layer.transposed else shape
+        return quantised.projection(where, stored, layer.num_experts, matrix)
+    tensors = {expert: parts["weight"] for expert, parts in stored.items()}
     if fused := tensors.get(None):
         _check(where, fused, (layer.num_experts, *shape))
         size = (fused.stop - fused.start) // layer.num_experts
         pieces = tuple((fused.file, fused.start + expert * size) for expert in range(layer.num_experts))
         return Projection(pieces, shape, fused.dtype, layer.transposed)
-    if missing := sorted(set(range(layer.num_experts)) - set(tensors)):
-        which = (
-            "all experts" if len(missing) == layer.num_experts else f"expert {', '.join(map(str, missing))}"
-        )
-        raise MoeitsError(f"{where} of {which} is missing in the checkpoint")
-    if len(tensors) > layer.num_experts:
-        raise MoeitsError(f"{where}: {len(tensors)} experts, but {layer.num_experts} by the configuration")
     for tensor in tensors.values():
         _check(where, tensor, shape)
     if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
@@ -699,15 +757,15 @@ def _check(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         raise MoeitsError(f"{tensor.file}: {tensor.name} has {tensor.stop - tensor.start} bytes of {size}")
 
 
-def _halves(both: Projection, *, interleaved: bool) -> dict[str, Projection]:
+def _halves(both: Projection | Dequantised, *, interleaved: bool) -> dict[str, Projection | Dequantised]:
     """Split gate and up, which are stored as one: gate first, or neuron by neuron."""
     if interleaved:
         return {
             "gate": replace(both, neurons=slice(0, None, 2)),
             "up": replace(both, neurons=slice(1, None, 2)),
         }
-    if both.transposed:
-        half = both.shape[1] // 2
+    if isinstance(both, Dequantised) or both.transposed:
+        half = both.shape[0 if isinstance(both, Dequantised) else 1] // 2
         return {"gate": replace(both, neurons=slice(half)), "up": replace(both, neurons=slice(half, None))}
     rows, columns = both.shape[0] // 2, both.shape[1]
     size = rows * columns * _DTYPES[both.dtype][1].itemsize

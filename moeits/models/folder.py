@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from moeits.machine.paths import check_writable, whole
 from moeits.models.card import model_card, read_card
 from moeits.models.families import (
     MoELayer,
+    Sizes,
     moe_layers,
     refusal,
     sizes,
@@ -364,8 +366,17 @@ def describe_folder(
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     kept.write(folder / "kept.json")
     before = config.get_text_config().unpruned
-    card = model_card(kept, before, sizes(model), plain=plain, scores=scores, base_card=base_card)
+    card = model_card(kept, before, folder_sizes(folder), plain=plain, scores=scores, base_card=base_card)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def folder_sizes(folder: str | Path) -> Sizes:
+    """Count the parameters of the model in a folder; the bytes of a quantised one are those of its files."""
+    config = read_config(folder)
+    found = sizes(hollow_model(config))
+    if getattr(config, "quantization_config", None):
+        found = replace(found, bytes=sum(t.stop - t.start for t in stored_tensors(folder).values()))
+    return found
 
 
 def _native_class(config: "PreTrainedConfig") -> type:
