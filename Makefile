@@ -12,8 +12,8 @@ RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study bench paper-check \
-        reference wheel clean
+.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study
+.PHONY: bench paper-check reference check-records wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'

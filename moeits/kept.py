@@ -1,4 +1,4 @@
-"""The kept experts of a model, as ``kept.json`` holds them."""
+"""The kept experts of a model, as ``kept.json`` holds them, and a model pruned to them."""
 
 import json
 import warnings
@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
 
 SCHEMA = 1
 """Number of the form of ``kept.json``; a file without one was written before there were numbers."""
@@ -135,3 +140,22 @@ class Kept:
                 stacklevel=3,
             )
         return kept
+
+
+@dataclass(frozen=True)
+class Simplified:
+    """A pruned model, and what led to it.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The pruned model.
+    kept : Kept
+        The kept experts, as ``kept.json`` holds them.
+    nmi : mapping of int to ndarray, shape (E, E)
+        R of each layer; empty where another criterion than the NMI selected.
+    """
+
+    model: "nn.Module"
+    kept: Kept
+    nmi: Mapping[int, "np.ndarray"] = field(default_factory=dict)

@@ -1,17 +1,21 @@
-"""What the commands of library, study and book share: options, examples in the help, and how errors are told."""
+"""What the commands of library, study and book share: options, examples in the help, errors in one line."""
 
+import json
+import os
 import shutil
-import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import cleandoc
 from pathlib import Path
 
 import click
 import yaml
 
 from moeits.errors import ExistsError, MoeitsError
+from moeits.machine.paths import IS_REPOSITORY
 
-MODEL = "MODEL is the folder of a checkpoint, or a model of the hub: OWNER/NAME or OWNER/NAME@REVISION."
+MODEL = "MODEL is a checkpoint's folder, or a model of the hub: OWNER/NAME or OWNER/NAME@REVISION."
 
 
 def _configure(context: click.Context, _: click.Parameter, file: Path | None) -> None:
@@ -54,16 +58,25 @@ class Command(click.Command):
     ----------
     examples : sequence of str
         Command lines that end the help.
-    renamed : mapping of str to str
+    renamed : mapping of str to str, optional
         Old names of options, which work with a warning, and their new ones.
+    repository : bool, default=False
+        Whether it needs the project's repository: its profiles, notebooks and data.
     """
 
     def __init__(
-        self, *args: object, examples: Sequence[str] = (), renamed: Mapping[str, str] = {}, **kwargs: object
+        self,
+        *args: object,
+        examples: Sequence[str] = (),
+        renamed: Mapping[str, str] | None = None,
+        repository: bool = False,
+        **kwargs: object,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.params += _common()
-        self.examples, self.renamed = examples, renamed
+        self.examples, self.renamed, self.repository = examples, renamed or {}, repository
+        if any(parameter.name == "model" for parameter in self.params):
+            self.help = f"{cleandoc(self.help)}\n\n{MODEL}"
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line; old names of options become the new ones."""
@@ -76,21 +89,30 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command. An error of bad input is one line; any other is a bug, and keeps its traceback."""
-        debug = ctx.params.pop("debug")
-        ctx.meta["quiet"] = ctx.params.pop("quiet")
-        if ctx.params.pop("verbose"):
+        """Run the command. A MoeitsError is one line; any other error is a bug, and keeps its traceback."""
+        debug, quiet, verbose = (ctx.params.pop(name) for name in ("debug", "quiet", "verbose"))
+        ctx.meta["quiet"] = quiet
+        if quiet or verbose:
             from transformers.utils import logging
 
-            logging.set_verbosity_info()
+            (logging.set_verbosity_error if quiet else logging.set_verbosity_info)()
+            if quiet:
+                logging.disable_progress_bar()
+        if self.repository and not IS_REPOSITORY:
+            raise click.ClickException(
+                f"moeits {ctx.info_name} works in the project's repository: clone it, install it with "
+                "`make env` and run the command there, or set MOEITS_ROOT to it"
+            )
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: note(f"Warning: {message}")
+                return super().invoke(ctx)
         except MoeitsError as error:
             if debug:
                 raise
             raise click.ClickException(str(error)) from error
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, _: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
         with formatter.section("Examples"):
             for example in self.examples:
@@ -136,9 +158,11 @@ def check_output(target: Path | None, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield the folder to make. One that it replaces stays until the new one is complete."""
+def new_folder(target: Path, overwrite: bool, *sources: str) -> Iterator[Path]:
+    """Yield the folder to make. A folder that it replaces stays until the new one is complete."""
     check_output(target, overwrite)
+    if target.exists() and any(Path(source).exists() and target.samefile(source) for source in sources):
+        raise ExistsError(f"{target} is read to make the new folder and is not replaced: choose another name")
     if not target.exists():
         yield target
         return
@@ -146,6 +170,8 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         raise ExistsError(f"{target} is no model folder, and is not replaced: choose another name")
     made, old = (target.with_name(f"{target.name}.{part}") for part in ("new", "old"))
     yield made
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one writes
+        return
     target.rename(old)
     made.rename(target)
     shutil.rmtree(old)
@@ -194,7 +220,4 @@ def values(option: str, pairs: Sequence[str]) -> dict[str, object]:
 
 def print_json(content: object) -> None:
     """Print one JSON document."""
-    import json
-
-    json.dump(content, sys.stdout, indent=1, allow_nan=False)
-    click.echo()
+    click.echo(json.dumps(content, indent=1))

@@ -6,6 +6,12 @@ FEW = {"deepseek_v2", "glm4_moe", "gpt_oss", "mixtral", "qwen2_moe"}
 """The families of `make test-fast`: softmax and sigmoid routers, shared experts, groups, stacked weights."""
 
 
+@pytest.fixture(scope="module", params=sorted(FEW))
+def few(request):
+    """Name of one of the few families, for what does not depend on the family."""
+    return request.param
+
+
 def pytest_collection_modifyitems(items):
     from moeits.models.families import FAMILIES
 

@@ -26,11 +26,7 @@ from moeits.study import comparison, profiles, records
 from moeits.study.profiles import ModelSettings, Profile
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
-
-REACHED = 1 / 3
-"""Share of a device's peak that scoring and training reach."""
 
 DOWNLOAD, DISK = 50e6, 500e6  # bytes per second
 _STARTING = 20  # seconds until a process has loaded its libraries
@@ -113,7 +109,7 @@ def find_machine(gpu: str | None = None) -> Machine:
     import torch
 
     device, dtype, _ = devices.choose()
-    flops = _measured_flops(device, dtype)
+    flops = devices.flops(device, dtype)
     here["dtype"] = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -254,7 +250,7 @@ class _Costs:
         return _STARTING + self.size.bytes / DISK
 
     def _computing(self, tokens: float, passes: float = 1) -> float:
-        return 2 * passes * self.size.active * tokens / (REACHED * self.machine.flops)
+        return 2 * passes * self.size.active * tokens / (devices.REACHED * self.machine.flops)
 
     def models(self, _: str | None) -> tuple[float, float, float, bool]:
         return self.size.bytes / DOWNLOAD, 0, self.size.bytes, False
@@ -369,22 +365,6 @@ def _tokens(task: str, profile: Profile) -> float:
     length = sum(len(str(loaded.doc_to_text(doc))) + 20 for doc in sample) / len(sample) / _CHARACTERS
     asked = min(profile.questions_at_page_tau or profile.questions or inf, len(documents))
     return asked * length * (profile.shots + 1)
-
-
-def _measured_flops(device: "torch.device", dtype: "torch.dtype") -> float:
-    """Operations per second of a large matrix product."""
-    import time
-
-    import torch
-
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device).to(dtype)
-    best = inf
-    for _ in range(4):
-        start = time.perf_counter()
-        (matrix @ matrix).float().sum().item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def _power_limit() -> float:

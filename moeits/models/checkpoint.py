@@ -39,6 +39,7 @@ from moeits.models.folder import (
     hollow_model,
     read_config,
 )
+from moeits.models.hub import find, name_of
 from moeits.models.quantised import SCALES, Dequantised, Format, renumbered, split_name
 from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
 from moeits.models.surgery import complete, compose, pruned_settings, warn_of_top_k
@@ -246,7 +247,7 @@ def check_prunable(
     Parameters
     ----------
     source : str or Path
-        Folder of a checkpoint.
+        Folder of a checkpoint, or a model of the hub.
     target : str or Path, optional
         Folder to make.
     tau, n_keep, share : optional
@@ -272,7 +273,7 @@ def check_prunable(
         As :func:`expert_blocks`; if the folder holds more than a language model, or a router is stored in a
         way that is not known.
     """
-    source = Path(source)
+    source = find(source)
     check_writable(CACHE)
     if target is not None:
         check_target(target)
@@ -339,7 +340,7 @@ def measure_nmi(
     Parameters
     ----------
     folder : str or Path
-        Folder of a checkpoint.
+        Folder of a checkpoint, or a model of the hub (:func:`moeits.models.hub.find`).
     preset : {"paper", "official"}
         See :data:`moeits.nmi.PRESETS`.
     bins : "auto" or int, optional
@@ -368,8 +369,9 @@ def measure_nmi(
     MissingError, MoeitsError
         As :func:`expert_blocks` and :func:`moeits.nmi.nmi_matrix`; with the layer.
     """
+    folder = find(folder)
     blocks = dict(expert_blocks(folder, layers))
-    about = {"model": _name(folder), "family": family(folder), "fingerprint": fingerprint(folder)}
+    about = {"model": name_of(folder), "family": family(folder), "fingerprint": fingerprint(folder)}
     return measure_blocks(
         blocks,
         about,
@@ -459,7 +461,7 @@ def prune_checkpoint(
     Parameters
     ----------
     source : str or Path
-        Folder of a checkpoint of a known family, whole or pruned; it is only read.
+        Folder of a checkpoint of a known family, pruned or not, or a model of the hub; it is only read.
     target : str or Path
         Folder to make; written whole or not at all. What a killed call left is removed by the next one.
     kept : mapping of int to sequence of int, or Kept
@@ -482,7 +484,7 @@ def prune_checkpoint(
         As :func:`expert_blocks` and :func:`moeits.models.surgery.complete`; if `kept` is of another model by
         its fingerprint; if an expert or router that stays holds NaN or infinite values.
     """
-    source, target = Path(source), check_target(target)
+    source, target = find(source), check_target(target)
     layers = _layers_of(source)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     mark = fingerprint(source)
@@ -498,7 +500,7 @@ def prune_checkpoint(
             f"the experts were chosen for another model ({kept.model or 'not named'}, fingerprint "
             f"{kept.fingerprint}); {source} has fingerprint {mark}"
         )
-    kept = complete(kept, list(layers.values()), _name(source), mark)
+    kept = complete(kept, list(layers.values()), name_of(source), mark)
     warn_of_top_k(kept)
     tensors = stored_tensors(source)
     pieces = _pieces(tensors.values(), layers, kept.layers)
@@ -773,10 +775,3 @@ def _halves(both: Projection | Dequantised, *, interleaved: bool) -> dict[str, P
         name: replace(both, shape=(rows, columns), pieces=tuple((f, at + skip) for f, at in both.pieces))
         for name, skip in (("gate", 0), ("up", size))
     }
-
-
-def _name(folder: str | Path) -> str:
-    """Name of a model: its name on the hub where the folder is the hub's cache, else the folder's own."""
-    folder = Path(folder).resolve()
-    cached = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
-    return cached[1].replace("--", "/") if cached else folder.name

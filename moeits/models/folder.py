@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moeits.errors import ExistsError, MissingError, MoeitsError
-from moeits.kept import Kept, versions
+from moeits.kept import Kept, Simplified, versions
 from moeits.machine.paths import check_writable, whole
 from moeits.models.card import model_card, read_card
 from moeits.models.families import (
@@ -49,7 +49,7 @@ whatever it is told to ignore, and the folder's code and this package take the d
 
 
 def save_model(
-    model: "PreTrainedModel",
+    model: "PreTrainedModel | Simplified",
     folder: str | Path,
     *,
     tokenizer: object | None = None,
@@ -64,8 +64,9 @@ def save_model(
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        Model that went through :func:`moeits.models.surgery.prune_model`.
+    model : transformers.PreTrainedModel or Simplified
+        Model that went through :func:`moeits.models.surgery.prune_model`, or what
+        :func:`moeits.simplify` returned.
     folder : str or Path
         Folder to make; written whole or not at all.
     tokenizer : optional
@@ -88,6 +89,8 @@ def save_model(
         If the model was not pruned.
     """
     folder = check_target(folder)
+    if not isinstance(model, nn.Module):
+        model = model.model
     if getattr(model, "kept", None) is None:
         raise MoeitsError(
             "this model was not pruned: save it with model.save_pretrained, or prune_model it first"
@@ -225,7 +228,7 @@ def load_model(
     Parameters
     ----------
     folder : str or Path
-        Folder of a Hugging Face checkpoint.
+        Folder of a Hugging Face checkpoint, or a model of the hub (:func:`moeits.models.hub.find`).
     device : str or torch.device, optional
         Where the model goes; by default it stays where ``device_map`` says, or on the CPU.
     **options
@@ -244,6 +247,9 @@ def load_model(
     MoeitsError
         If it names no causal language model that transformers knows.
     """
+    from moeits.models.hub import find
+
+    folder = find(folder)
     config = read_config(folder)
     text = config.get_text_config()
     if getattr(text, "output_router_logits", False):

@@ -7,10 +7,11 @@ before is used.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
-from moeits.errors import MoeitsError
+from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import CACHE, whole
 from moeits.models.folder import CARRIED
 from moeits.models.safetensors import INDEX
@@ -21,8 +22,49 @@ FILES = (
 )
 """What is downloaded: no pickled weights, no code."""
 
+_ID = re.compile(r"(?:hub:)?([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
-def download(repository: str, revision: str | None = None, *, pins: Path | None = None) -> Path:
+
+def find(model: str | Path, *, weights: bool = True) -> Path:
+    """Find the folder of a model: a folder as it is given, or a model of the hub, downloaded if need be.
+
+    Parameters
+    ----------
+    model : str or Path
+        A folder, or ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` where there is no such folder.
+    weights : bool, default=True
+        Download the weights, too.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    MissingError
+        If it is neither the one nor the other.
+    MoeitsError
+        As :func:`download`.
+    """
+    folder, named = Path(model).expanduser(), _ID.fullmatch(str(model))
+    if folder.is_dir():
+        return folder
+    if named is None or isinstance(model, Path):
+        raise MissingError(f"{model} is no model folder: there is no such folder")
+    return download(*named.groups(), weights=weights)
+
+
+def name_of(folder: str | Path) -> str:
+    """Name of a model: its name on the hub where the folder is the hub's cache, else the folder's own."""
+    folder = Path(folder).resolve()
+    cached = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
+    return cached[1].replace("--", "/") if cached else folder.name
+
+
+def download(
+    repository: str, revision: str | None = None, *, pins: Path | None = None, weights: bool = True
+) -> Path:
     """Download a model, or find it downloaded.
 
     Parameters
@@ -35,6 +77,8 @@ def download(repository: str, revision: str | None = None, *, pins: Path | None 
     pins : Path, optional
         Where the commits are written down; ``revisions.json`` in the cache by default. Delete a line to take
         the newest again.
+    weights : bool, default=True
+        Download the weights, too.
 
     Returns
     -------
@@ -52,8 +96,9 @@ def download(repository: str, revision: str | None = None, *, pins: Path | None 
     pins = pins or CACHE / "revisions.json"
     known = json.loads(pins.read_text()) if pins.exists() else {}
     asked = revision or known.get(repository)
+    patterns = [pattern for pattern in FILES if weights or pattern != "*.safetensors"]
     try:
-        folder = Path(snapshot_download(repository, revision=asked, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(repository, revision=asked, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise MoeitsError(
             f"{repository} is gated: accept its terms on the page of the model while logged in, then log in "
@@ -71,9 +116,9 @@ def download(repository: str, revision: str | None = None, *, pins: Path | None 
     except errors.LocalEntryNotFoundError as error:
         offline = " HF_HUB_OFFLINE is set: unset it, or" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise MoeitsError(
-            f"{repository} is not on this machine and cannot be downloaded:{offline} give the folder of a "
-            "model that you have as `source` in the profile, or run again with a network, which goes on "
-            "where the download stopped"
+            f"{repository} is neither a folder here nor a downloaded model, and cannot be downloaded:"
+            f"{offline} give the folder of a model that you have, or run again with a network, which resumes "
+            "the download"
         ) from error
     except OSError as error:
         free = shutil.disk_usage(next(place for place in (CACHE, *CACHE.parents) if place.exists())).free

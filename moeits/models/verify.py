@@ -10,6 +10,7 @@ from moeits.errors import MissingError
 from moeits.kept import Kept
 from moeits.models.checkpoint import stored_bytes
 from moeits.models.folder import load_model
+from moeits.models.hub import find
 from moeits.models.surgery import masked
 
 TOLERANCE = 1e-4
@@ -60,7 +61,7 @@ def verify(
     Parameters
     ----------
     pruned, against : str or Path
-        Folder of the pruned model, and of the unpruned one.
+        Folder of the pruned model, and of the unpruned one; or models of the hub.
     tokens : int, default=512
         Tokens, drawn from the whole vocabulary.
     length : int, default=128
@@ -82,7 +83,8 @@ def verify(
     MoeitsError
         If the two are not of one model: other layers, or other numbers of experts.
     """
-    file = Path(pruned) / "kept.json"
+    pruned, against = find(pruned), find(against)
+    file = pruned / "kept.json"
     if not file.is_file():
         raise MissingError(f"{pruned} has no kept.json, so that nobody knows what was removed")
     kept = Kept.read(file)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine.paths import DATA
-from moeits.settings import Strict
+from moeits.settings import Strict, problems
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -235,31 +235,5 @@ def load(name: str, *, folder: Path = DATA / "profiles", **overrides: Any) -> Pr
     try:
         return Profile(name=name, **settings)
     except ValidationError as error:
-        raise MoeitsError(f"profile {name!r}: {_problems(error, Profile)}") from error
-
-
-def recipe(**settings: Any) -> Recipe:
-    """Make a recipe of healing.
-
-    Raises
-    ------
-    MoeitsError
-        Unknown setting or a value out of range; the message names what is known.
-    """
-    try:
-        return Recipe(**settings)
-    except ValidationError as error:
-        raise MoeitsError(f"recipe of healing: {_problems(error, Recipe)}") from error
-
-
-def _problems(error: ValidationError, model: type[BaseModel]) -> str:
-    parts = {"models": ModelSettings, "healing": Recipe}
-    problems = []
-    for problem in error.errors():
-        where = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            known = parts.get(problem["loc"][0], model)
-            problems.append(f"unknown setting {where!r} (known: {', '.join(known.model_fields)})")
-        else:
-            problems.append(f"{where} = {problem['input']!r}: {problem['msg']}")
-    return "; ".join(problems)
+        parts = {"models": ModelSettings, "healing": Recipe}
+        raise MoeitsError(f"profile {name!r}: {problems(error, Profile, parts)}") from error

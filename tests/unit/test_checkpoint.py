@@ -353,7 +353,7 @@ def test_the_commands_nmi_and_select(mixtral, tmp_path):
     )
     assert f"{kept.share:.1%} of all" in result.output
 
-    result = run(main, ["select", str(out), "--share", "0.75", "-o", str(kept_file)])
+    result = run(main, ["select", str(out), "--share", "0.75", "-o", str(kept_file), "--overwrite"])
     assert Kept.read(kept_file).share == 0.75
     assert f"tau = {Kept.read(kept_file).budget['tau']:.6g}" in result.output
     result = run(main, ["select", str(out), "--n-keep", "1", "--at-least", "1"])

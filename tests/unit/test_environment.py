@@ -68,6 +68,33 @@ def test_conda_and_binder_use_the_same_locks_and_python():
 
 def test_every_make_target_says_what_it_does():
     text = (ROOT / "Makefile").read_text()
-    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
+    phony = " ".join(re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)).split()
     helped = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(phony) == set(re.findall(r"^  make ([a-z-]+) +\S", helped, re.MULTILINE))
+
+
+def test_changelog_citation_and_package_have_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert newest == citation["version"] == PROJECT["project"]["version"]
+
+
+def test_every_dependency_of_the_library_is_imported_or_has_a_reason():
+    read_by_others = {"accelerate", "datasets"}  # by transformers' trainer and lm-eval
+    names = {"huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval", "pyyaml": "yaml"}
+    text = "\n".join(path.read_text() for path in (ROOT / "moeits").rglob("*.py"))
+    for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+        name = names.get(requirement.name, requirement.name)
+        imported = re.search(rf"^\s*(import|from) {name}\b", text, re.MULTILINE)
+        assert imported or requirement.name in read_by_others, requirement.name
+
+
+def steps(workflow):
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / workflow).read_text())["jobs"]
+    return [step["run"].strip() for job in jobs.values() for step in job["steps"] if "run" in step]
+
+
+def test_public_hosting_runs_the_same_commands_as_any_machine():
+    assert steps("test.yml") == ["make lint", "make test-fast", ".ci/run"]
+    assert "make wheel" in steps("release.yml")
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"

@@ -40,7 +40,7 @@ def test_bad_input_is_one_line_and_debug_shows_where(tmp_path):
     short = CliRunner().invoke(main, arguments)
     assert short.output == f"Error: {tmp_path} is no model folder: it has no config.json\n"
     assert isinstance(short.exception, SystemExit)
-    long = CliRunner().invoke(main, ["--debug", *arguments])
+    long = CliRunner().invoke(main, [*arguments, "--debug"])
     assert isinstance(long.exception, MissingError)
 
 

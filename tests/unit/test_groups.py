@@ -4,11 +4,10 @@ import copy
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import EXPERTS, tiny_model, tiny_tokenizer, tokens
+from tiny import EXPERTS, assert_logits, logits, tiny_model, tiny_tokenizer, tokens
 
 from moeits import criteria, simplify
 from moeits.cli import main
@@ -90,11 +89,6 @@ def grouped(family, **settings):
     return tiny_model(family, **{"n_group": 4, "topk_group": 2, "top_k": 3, **counts, **options, **settings})
 
 
-@torch.no_grad()
-def logits(model):
-    return model(tokens()).logits
-
-
 def check_exact(pruned, whole, kept):
     """Equal groups, and the logits of the model with the removed experts masked."""
     for layer in moe_layers(whole):
@@ -103,7 +97,7 @@ def check_exact(pruned, whole, kept):
         assert len(ids) >= layer.minimum
     with masked(whole, kept):
         reference = logits(whole)
-    torch.testing.assert_close(logits(pruned), reference, atol=1e-5, rtol=1e-5)
+    assert_logits(pruned, reference)
 
 
 GROUPED = [
@@ -116,16 +110,16 @@ GROUPED = [
 def test_pruned_by_a_share_equals_the_masked_model(family):
     model = grouped(family)
     assert {layer.groups for layer in moe_layers(model)} == {4}
-    pruned = simplify(copy.deepcopy(model), share=0.6, n_jobs=1)
-    check_exact(pruned, model, pruned.kept.layers)
+    result = simplify(copy.deepcopy(model), share=0.6, n_jobs=1)
+    check_exact(result.model, model, result.kept.layers)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize("budget", [{"tau": 0}, {"tau": 1.25}, {"n_keep": 8}], ids=str)
 def test_pruned_by_any_budget_equals_the_masked_model(family, budget):
     model = grouped(family)
-    pruned = simplify(copy.deepcopy(model), **budget, n_jobs=1)
-    check_exact(pruned, model, pruned.kept.layers)
+    result = simplify(copy.deepcopy(model), **budget, n_jobs=1)
+    check_exact(result.model, model, result.kept.layers)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])

@@ -370,7 +370,7 @@ def test_two_processes_share_a_step(tmp_path):
     settings = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
     command = [
         "-m",
-        "moeits.cli",
+        "moeits",
         "heal",
         str(tmp_path / "pruned"),
         "--device",

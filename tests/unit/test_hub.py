@@ -81,5 +81,5 @@ def test_what_went_wrong_is_said_with_what_helps(error, message, tmp_path, monke
 @pytest.mark.usefixtures("cached")
 def test_offline_only_what_is_there_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"someone/other is not on this machine.* HF_HUB_OFFLINE is set"):
+    with pytest.raises(ValueError, match=r"someone/other is neither a folder here.* HF_HUB_OFFLINE is set"):
         hub.download("someone/other", pins=tmp_path / "revisions.json")

@@ -86,7 +86,7 @@ def test_command(tmp_path):
     write(tmp_path / "b", "moe", 0.9, device="cuda")
     arguments = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "t.csv")]
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     assert "device: cpu | cuda" in result.output
     assert "outside: 1" in result.output
     assert len((tmp_path / "t.csv").read_text().splitlines()) == 3

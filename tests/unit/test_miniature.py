@@ -202,7 +202,7 @@ def test_command_builds_and_prints_the_report(packages):
     assert '"name": "smol-mixtral"' in done.output
     again = CliRunner().invoke(main, ["miniature", "smol-mixtral", "-o", str(packages / "new")])
     assert again.exit_code == 1
-    assert "new exists: remove it" in again.output
+    assert "new exists: choose another name, or give --overwrite" in again.output
 
 
 def test_build_of_the_dense_model_is_a_copy(packages):

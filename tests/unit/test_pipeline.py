@@ -41,7 +41,7 @@ def test_simplify_is_algorithm_1(folder):
     whole = load_model(folder)
     kept = expected(whole, 1.25)
     assert any(len(ids) < 8 for ids in kept.values())
-    pruned = simplify(folder, tau=1.25)
+    pruned = simplify(folder, tau=1.25).model
     assert {layer.layer: layer.num_experts for layer in moe_layers(pruned)} == {
         layer: len(ids) for layer, ids in kept.items()
     }
@@ -56,7 +56,7 @@ def test_simplify_removes_one_of_two_equal_experts(folder):
 
 
 def test_simplify_puts_down_what_made_the_choice(folder):
-    pruned = simplify(folder, tau=1.25)
+    pruned = simplify(folder, tau=1.25).model
     assert pruned.kept.criterion == "nmi, preset paper"
     assert pruned.kept.budget == {"tau": 1.25, "diagonal": "zero", "at_least": 1}
     assert pruned.kept.model == folder.name
@@ -73,7 +73,7 @@ def test_presets_weigh_the_projections_differently(folder):
 def test_simplify_changes_the_model_that_it_is_given_and_not_the_folder(folder):
     before = keys.file_digest(folder / "model.safetensors")
     model = load_model(folder)
-    assert simplify(model, n_keep=4) is model
+    assert simplify(model, n_keep=4).model is model
     assert {layer.num_experts for layer in moe_layers(model)} == {4}
     assert keys.file_digest(folder / "model.safetensors") == before
 

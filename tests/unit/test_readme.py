@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
 
 
 def pruned():
-    whole, smaller = (load_model(f"path/to/{name}") for name in ("checkpoint", "smaller"))
+    whole, smaller = (load_model(f"path/to/{name}") for name in ("checkpoint", "pruned"))
     return sum(layer.num_experts for layer in moe_layers(smaller)) < sum(
         layer.num_experts for layer in moe_layers(whole)
     )
@@ -45,7 +45,7 @@ def test_the_python_example_prunes():
 def test_the_command_prunes():
     (command,) = [line for block in blocks("bash") for line in block.splitlines() if "moeits prune" in line]
     arguments = command.split()[1:]
-    subprocess.run([sys.executable, "-m", "moeits.cli", *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "moeits", *arguments], check=True, capture_output=True)
     assert pruned()
 
 
