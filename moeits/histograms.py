@@ -1,7 +1,7 @@
 """Histograms of weights, and the entropies that they give. Arrays only.
 
 Every matrix is discretised by itself into equal-width bins, once; a pair then costs one pass over two arrays
-of bin codes. Source: MoEITS, section 4.1, equations 3 and 4, doi:10.48550/arXiv.2604.10603.
+of bin codes.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from moeits import method
 from moeits.errors import MoeitsError
 
 MAX_BINS = 1 << 16  # codes are uint16
@@ -33,7 +34,7 @@ class Codes(NamedTuple):
     counts : ndarray of int64, shape (K,)
         Weights in each of the K occupied bins, descending.
     entropy : float
-        H(X) in nats (eq. 3).
+        H(X) in nats.
     """
 
     codes: np.ndarray
@@ -80,29 +81,16 @@ def discretise(weights: object, bins: str | int = "auto", *, out: np.ndarray | N
 
 
 def joint_entropy(a: Codes, b: Codes) -> float:
-    """H(X,Y) in nats (eq. 4) of two discretised matrices with equally many elements."""
+    """H(X,Y) in nats of two discretised matrices with equally many elements."""
     return joint_entropies([(a, b)])[0]
 
 
 def auto_bins(size: int, extent: float, iqr: float) -> int:
     """Choose the number of bins by NumPy 2.4.6's ``bins="auto"``, whichever NumPy is installed.
 
-    Width = min(max(Freedman-Diaconis, square root / 2), Sturges), that is
-    min(max(2 IQR / N^(1/3), range / (2 sqrt(N))), range / (log2(N) + 1)): at most about 2 sqrt(N) bins.
-
-    Parameters
-    ----------
-    size : int
-        Number of weights N.
-    extent : float
-        Their range, the largest minus the least.
-    iqr : float
-        Their interquartile range, by linear interpolation.
-
-    Returns
-    -------
-    int
-        Number of bins, at least 1.
+    Width = min(max(Freedman-Diaconis, square root / 2), Sturges), that is min(max(2 IQR / N^(1/3), range /
+    (2 sqrt(N))), range / (log2(N) + 1)): at most about 2 sqrt(N) bins. N is the `size`, the range is the
+    `extent`, and the interquartile range is by linear interpolation.
     """
     freedman_diaconis = 2.0 * iqr * size ** (-1.0 / 3.0)
     width = min(max(freedman_diaconis, extent / math.sqrt(size) / 2), extent / (math.log2(size) + 1.0))
@@ -126,7 +114,7 @@ def joint_entropies(pairs: list[tuple[Codes, Codes]]) -> list[float]:
     low, high = np.zeros(cells, dtype=np.uint8), np.zeros(cells, dtype=np.uint32)
     size = pairs[0][0].codes.size
     return [
-        _entropy(_joint_sum(a.codes, b.codes, kx, ky, band, low, high, _XLOGX), size)
+        method.entropy(_joint_sum(a.codes, b.codes, kx, ky, band, low, high, _XLOGX), size)
         for (a, b), (kx, ky), band in zip(pairs, shapes, rows, strict=True)
     ]
 
@@ -213,7 +201,7 @@ def _code_patterns(patterns: np.ndarray, bfloat16: bool, bins: str | int, codes:
     code_of_pattern = np.zeros(1 << 16, dtype=np.uint16)
     code_of_pattern[occupied] = rank_of_bin[bin_of_value]
     _look_up(patterns, code_of_pattern, codes)
-    return Codes(codes, counts, _entropy(_xlogx(counts), patterns.size))
+    return Codes(codes, counts, method.entropy(_xlogx(counts), patterns.size))
 
 
 def _code_floats(array: np.ndarray, bins: str | int, codes: np.ndarray) -> Codes:
@@ -225,7 +213,7 @@ def _code_floats(array: np.ndarray, bins: str | int, codes: np.ndarray) -> Codes
     edges = _edges(array.min(), array.max(), array.size, iqr, bins)
     rank_of_bin, counts = _rank(_bin(array, edges, codes))
     _look_up(codes, rank_of_bin, codes)
-    return Codes(codes, counts, _entropy(_xlogx(counts), array.size))
+    return Codes(codes, counts, method.entropy(_xlogx(counts), array.size))
 
 
 def _rank(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -240,11 +228,6 @@ def _rank(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _xlogx(counts: np.ndarray) -> float:
     return float((counts * np.log(counts)).sum())
-
-
-def _entropy(sum_xlogx: float, size: int) -> float:
-    """H = log N - (1/N) sum c log c, in nats, of counts c that add up to N."""
-    return math.log(size) - sum_xlogx / size
 
 
 @numba.njit(nogil=True, cache=True)

@@ -1,13 +1,12 @@
 """Normalised mutual information between the weights of experts, by histograms. Arrays only.
 
-Source: MoEITS, section 4.1, equations 5 to 11, doi:10.48550/arXiv.2604.10603. Equations 3 and 4, the
-entropies, are in :mod:`moeits.histograms`.
+The equations are in :mod:`moeits.method`, the histograms in :mod:`moeits.histograms`.
 """
 
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,6 +16,7 @@ import joblib
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from moeits import method
 from moeits.errors import MissingError, MoeitsError
 from moeits.histograms import (
     Codes,
@@ -32,13 +32,6 @@ from moeits.machine.paths import whole
 CORRECTIONS = (None, "miller-madow", "null")
 NULL_DRAWS = 4  # shuffles behind the mean that the correction "null" subtracts
 _NEURON_AXIS = {"gate": 0, "up": 0, "down": 1}
-
-NORMALIZERS: dict[str, Callable[[float, float], float]] = {
-    "geometric": lambda hx, hy: math.sqrt(hx * hy),  # the paper's, eq. 6
-    "arithmetic": lambda hx, hy: (hx + hy) / 2,
-    "min": min,
-    "max": max,
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ PRESETS = {
 }
 
 
-def nmi(x: object, y: object, *, bins: str | int = "auto", normalizer: str = "geometric") -> float:
+def nmi(x: object, y: object, *, bins: str | int = "auto") -> float:
     """Normalised mutual information of two matrices of weights (eq. 6).
 
     Parameters
@@ -99,13 +92,11 @@ def nmi(x: object, y: object, *, bins: str | int = "auto", normalizer: str = "ge
     bins : "auto" or int
         Number of equal-width bins of each matrix, from its least to its largest value. "auto" is the rule of
         :func:`moeits.histograms.auto_bins`.
-    normalizer : {"geometric", "arithmetic", "min", "max"}
-        Mean of the two entropies that the mutual information is divided by; the paper's is the geometric.
 
     Returns
     -------
     float
-        I(X;Y) over that mean, in [0, 1].
+        In [0, 1].
 
     Raises
     ------
@@ -121,14 +112,12 @@ def nmi(x: object, y: object, *, bins: str | int = "auto", normalizer: str = "ge
     >>> nmi(x, np.array([0.0, 1.0, 0.0, 1.0]), bins=2)
     0.0
     """
-    if normalizer not in NORMALIZERS:
-        raise MoeitsError(f"normalizer is {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
     a, b = _discretise_named(x, bins, "x"), _discretise_named(y, bins, "y")
     if a.codes.size != b.codes.size:
         raise MoeitsError(
             f"x has {a.codes.size} elements and y has {b.codes.size}: they must be equally many"
         )
-    return _normalise(a.entropy, b.entropy, joint_entropy(a, b), normalizer)
+    return float(_clipped(method.nmi(a.entropy, b.entropy, joint_entropy(a, b))))
 
 
 def nmi_matrix(
@@ -140,7 +129,7 @@ def nmi_matrix(
     correction: str | None = None,
     align: bool = False,
 ) -> np.ndarray:
-    """NMI matrix R of the experts of one layer (eq. 7 to 11).
+    """NMI matrix R of the experts of one layer (eq. 4 to 11).
 
     Parameters
     ----------
@@ -225,14 +214,7 @@ def null_nmi(
 ) -> np.ndarray:
     """NMI of every pair with the second expert's weights shuffled: what unrelated experts would score.
 
-    Parameters
-    ----------
-    block, bins, projection_weights, n_jobs
-        As in :func:`nmi_matrix`.
-    draws : int
-        Number of shuffles.
-    seed : int
-        Of the shuffles.
+    The options are those of :func:`nmi_matrix`, and the `seed` of the shuffles.
 
     Returns
     -------
@@ -266,14 +248,8 @@ def nmi_zscores(
 ) -> np.ndarray:
     """How many standard deviations the NMI of every pair lies above that of shuffled weights.
 
-    Parameters
-    ----------
-    block, bins, projection_weights, n_jobs
-        As in :func:`nmi_matrix`.
-    draws : int
-        Shuffles, 2 or more, that mean and standard deviation of each pair are taken over.
-    seed : int
-        Of the shuffles.
+    Mean and standard deviation of each pair are over `draws` shuffles, 2 or more, by `seed`; the other
+    options are those of :func:`nmi_matrix`.
 
     Returns
     -------
@@ -292,19 +268,8 @@ def nmi_zscores(
 def match_neurons(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Order the hidden neurons of the second expert so that they are as near as can be to those of the first.
 
-    Parameters
-    ----------
-    first, second : ndarray, shape (m, n)
-        Weights of m neurons.
-
-    Returns
-    -------
-    ndarray of int, shape (m,)
-        Of all orders, ``second[order]`` has the largest inner product with `first`.
-
-    References
-    ----------
-    Weight matching, doi:10.48550/arXiv.2209.04836.
+    Both (m, n) are weights of m neurons. Of all orders (m,), ``second[order]`` has the largest inner product
+    with `first`: weight matching, doi:10.48550/arXiv.2209.04836.
     """
     return linear_sum_assignment(first @ second.T, maximize=True)[1]
 
@@ -335,16 +300,20 @@ def _sum_of_projections(
     if not len(block):
         raise MoeitsError("the block is empty: it has no projection")
     shares = _normalised(projection_weights, list(block))
-    R = None
-    for projection in block:
+
+    def parts() -> Iterator[np.ndarray]:
         # Looked up one at a time: a block may read its projections from disk.
-        part = measure(projection)
-        if R is None:
-            R = np.zeros_like(part)
-        if len(part) != len(R):
-            raise MoeitsError(f"{projection} has {len(part)} experts, the projections before it {len(R)}")
-        R += shares[projection] * part
-    return R
+        experts = None
+        for projection in block:
+            part = measure(projection)
+            experts = len(part) if experts is None else experts
+            if len(part) != experts:
+                raise MoeitsError(
+                    f"{projection} has {len(part)} experts, the projections before it {experts}"
+                )
+            yield part
+
+    return method.redundancy(parts(), (shares[projection] for projection in block))
 
 
 def projection_nmi(
@@ -389,7 +358,7 @@ def projection_nmi(
     workers = joblib.cpu_count() if n_jobs is None else n_jobs
     if workers < 1:
         raise MoeitsError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")
-    R = np.zeros((experts, experts))
+    joint = np.zeros((experts, experts))
     with ThreadPoolExecutor(workers) as pool:
         spare = room or []
 
@@ -403,9 +372,6 @@ def projection_nmi(
 
         coded = list(pool.map(code, range(experts)))
         if dead := [expert for expert, a in enumerate(coded) if a is None]:
-            # A shuffled constant shares nothing: what "null" subtracts of it is 0.
-            R[dead, :] = R[:, dead] = 1.0 if shuffle is None else 0.0
-            np.fill_diagonal(R, 0)
             warnings.warn(
                 f"{name} of expert {', '.join(map(str, dead))} is constant: it carries no information, and "
                 "counts as wholly redundant",
@@ -423,7 +389,7 @@ def projection_nmi(
                 for expert, a in enumerate(coded)
             ]
 
-        def of_group(group: list[tuple[int, int]]) -> list[float]:
+        def joint_of(group: list[tuple[int, int]]) -> list[float]:
             pairs = [(coded[i], second[j]) for i, j in group]
             if orders is not None:
                 axis = _NEURON_AXIS[name]
@@ -431,20 +397,29 @@ def projection_nmi(
                     (a, _ordered(b, np.shape(weights[j]), orders[i, j], axis))
                     for (a, b), (i, j) in zip(pairs, group, strict=True)
                 ]
-            if correction == "miller-madow":
-                return _corrected(pairs)
+            joint = joint_entropies(pairs)
+            if correction is None:
+                return joint
             return [
-                _normalise(a.entropy, b.entropy, joint, "geometric")
-                for (a, b), joint in zip(pairs, joint_entropies(pairs), strict=True)
+                h + _bias(occupied_cells(a.codes, b.codes, b.counts.size), a)
+                for (a, b), h in zip(pairs, joint, strict=True)
             ]
 
         # A pair is one thread's from beginning to end, so that the number of threads changes no sum.
         pairs = list(combinations((expert for expert, a in enumerate(coded) if a is not None), 2))
         size = math.ceil(len(pairs) / 256)
         groups = [pairs[start : start + size] for start in range(0, len(pairs), size or 1)]
-        for group, values in zip(groups, pool.map(of_group, groups), strict=True):
+        for group, values in zip(groups, pool.map(joint_of, groups), strict=True):
             for (i, j), value in zip(group, values, strict=True):
-                R[i, j] = R[j, i] = value
+                joint[i, j] = joint[j, i] = value
+    biased = correction is None
+    h = [1.0 if a is None else a.entropy + (0 if biased else _bias(a.counts.size, a)) for a in coded]
+    R = method.nmi_of_pairs(np.array(h), joint)
+    if biased:
+        R = _clipped(R)
+    # A shuffled constant shares nothing: what "null" subtracts of it is 0.
+    R[dead, :] = R[:, dead] = 1.0 if shuffle is None else 0.0
+    np.fill_diagonal(R, 0)
     return R
 
 
@@ -510,24 +485,18 @@ def _normalised(weights: Mapping[str, float] | None, projections: list[str]) -> 
     return {projection: weight / total for projection, weight in weights.items()}
 
 
-def _normalise(hx: float, hy: float, joint: float, normalizer: str) -> float:
-    """NMI from the three entropies; rounding may carry it out of [0, 1] by an ulp or two."""
-    return min(max(hx + hy - joint, 0.0) / NORMALIZERS[normalizer](hx, hy), 1.0)
+def _clipped(value: np.ndarray) -> np.ndarray:
+    """NMI in [0, 1], which rounding may leave by an ulp or two."""
+    return np.clip(value, 0.0, 1.0)
 
 
 def _ordered(a: Codes, shape: tuple[int, ...], order: np.ndarray, axis: int) -> Codes:
     return a._replace(codes=np.take(a.codes.reshape(shape), order, axis=axis).reshape(-1))
 
 
-def _corrected(pairs: list[tuple[Codes, Codes]]) -> list[float]:
-    """NMI of pairs with (K - 1) / 2N added to each of the three entropies of K occupied cells."""
-    found = []
-    for (a, b), joint in zip(pairs, joint_entropies(pairs), strict=True):
-        kx, ky, twice = a.counts.size, b.counts.size, 2 * a.codes.size
-        hx, hy = a.entropy + (kx - 1) / twice, b.entropy + (ky - 1) / twice
-        joint += (occupied_cells(a.codes, b.codes, ky) - 1) / twice
-        found.append((hx + hy - joint) / math.sqrt(hx * hy))
-    return found
+def _bias(cells: int, of: Codes) -> float:
+    """Miller and Madow's correction of an entropy: (K - 1) / 2N for K occupied cells of N weights."""
+    return (cells - 1) / (2 * of.codes.size)
 
 
 def _discretise_named(weights: object, bins: str | int, name: str, out: np.ndarray | None = None) -> Codes:

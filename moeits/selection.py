@@ -1,42 +1,17 @@
-"""Which experts stay: Algorithm 3 of the paper and its budgeted forms, on arrays.
-
-Source: MoEITS, section 4.2, Algorithms 2 and 3, doi:10.48550/arXiv.2604.10603.
-"""
+"""Which experts are kept: Algorithm 3 (:mod:`moeits.method`) with budgets, floors and groups of experts."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from moeits import method
 from moeits.errors import BudgetError, MoeitsError
 from moeits.kept import Kept
-
-DIAGONALS = ("zero", "one", "exclude")
-
-
-class Step(NamedTuple):
-    """One removal of Algorithm 3.
-
-    Attributes
-    ----------
-    removed : int
-        The expert that goes.
-    pair : tuple[int, int]
-        The two most redundant experts left at this step, the smaller number first; `removed` is one of them.
-    nmi : float
-        Their redundancy ``R[pair]``.
-    row_means : tuple[float, float]
-        Mean redundancy of each of the two with all other experts left at this step. The larger one goes; when
-        they are equal, the second. With groups, one whose group already lost an expert in this round stays.
-    """
-
-    removed: int
-    pair: tuple[int, int]
-    nmi: float
-    row_means: tuple[float, float]
+from moeits.method import DIAGONALS, Step
 
 
 @dataclass(frozen=True)
@@ -138,7 +113,7 @@ def select_experts(
         raise MoeitsError("give either tau or n_keep")
     check_budget(len(R), n_keep=n_keep, tau=tau, at_least=at_least, groups=groups)
     if n_keep is not None:
-        return _selection(len(R), tuple(_removals(R, groups))[: len(R) - n_keep], threshold=None)
+        return _selection(len(R), tuple(islice(_rounds(R, groups), len(R) - n_keep)), threshold=None)
     return _select_by_tau(_Layer.of(R, diagonal, groups), tau, at_least)
 
 
@@ -232,7 +207,7 @@ def select_share(
         R = _checked(matrix, f"layer {layer}: ")
         check_budget(len(R), share=share, at_least=at_least, groups=groups, where=f"layer {layer}: ")
         layers[layer] = _Layer.of(R, diagonal, groups)
-    total = sum(layer.experts for layer in layers.values())
+    total = sum(len(layer.R) for layer in layers.values())
 
     def select(tau: float) -> dict[int, Selection]:
         return {number: _select_by_tau(layer, tau, at_least) for number, layer in layers.items()}
@@ -240,14 +215,11 @@ def select_share(
     def kept(tau: float) -> int:
         return sum(len(selection.kept) for selection in select(tau).values())
 
-    # Step k of a layer is taken where nmi_k > mean + tau IQR, that is below this tau:
-    critical = {
-        (nmi - layer.mean) / layer.iqr
-        for layer in layers.values()
-        if layer.iqr > 0
-        for nmi in layer.largest
-        if nmi > layer.mean
-    }
+    # A step is taken where its NMI > mean + tau IQR, that is below this tau:
+    critical = set()
+    for layer in layers.values():
+        mean, iqr = method.mean_and_iqr(layer.R, diagonal) if layer.order else (0.0, 0.0)
+        critical |= {(step.nmi - mean) / iqr for step in layer.order if iqr > 0 and step.nmi > mean}
     bounds = [0.0, *sorted(critical), 1 + max(critical, default=0.0)]
     # The middle between two of them, so that rounding cannot blur which steps are taken.
     taus = [(low + high) / 2 for low, high in pairwise(bounds)]
@@ -343,38 +315,15 @@ def _checked(R: np.ndarray, where: str = "") -> np.ndarray:
     return R
 
 
-def _location(R: np.ndarray, diagonal: str) -> tuple[float, float]:
-    """Mean and interquartile range (linear interpolation) of R, read once before anything is removed."""
-    if diagonal not in DIAGONALS:
-        raise MoeitsError(f"diagonal is {diagonal!r}: choose one of {', '.join(DIAGONALS)}")
-    if diagonal == "exclude":
-        entries = R[~np.eye(len(R), dtype=bool)]
-    else:
-        entries = R.copy()
-        np.fill_diagonal(entries, 1.0 if diagonal == "one" else 0.0)
-    lower, upper = np.percentile(entries, [25, 75])
-    return float(entries.mean()), float(upper - lower)
-
-
-def _removals(R: np.ndarray, groups: int = 1) -> Iterator[Step]:
-    """Yield the removals until one expert of every group is left; threshold and budget decide where to stop.
-
-    With one group these are Algorithm 3's. With more, pairs are masked of which neither expert may go.
-    """
-    pairs = np.where(np.triu(np.ones(R.shape, dtype=bool), 1), R, -np.inf)
+def _rounds(R: np.ndarray, groups: int) -> Iterator[Step]:
+    """Remove in rounds, until one expert of every group is left: each group loses one expert in each."""
     left, size = list(range(len(R))), len(R) // groups
     may_go = np.ones(len(R), dtype=bool)
     while len(left) > groups:
-        allowed = np.where(may_go[:, None] | may_go[None], pairs, -np.inf)
-        i, j = (int(index) for index in divmod(int(allowed.argmax()), len(R)))
-        means = tuple(
-            math.fsum(R[expert, k] for k in left if k != expert) / (len(left) - 1) for expert in (i, j)
-        )
-        removed = i if may_go[i] and (means[0] > means[1] or not may_go[j]) else j
-        yield Step(removed, (i, j), float(R[i, j]), means)
-        left.remove(removed)
-        pairs[removed, :] = pairs[:, removed] = -np.inf
-        may_go[np.arange(len(R)) // size == removed // size] = False
+        step = method.removal(R, left, may_go)
+        yield step
+        left.remove(step.removed)
+        may_go[np.arange(len(R)) // size == step.removed // size] = False
         if not may_go.any():  # every group has lost one: the next round
             may_go[:] = True
 
@@ -382,32 +331,30 @@ def _removals(R: np.ndarray, groups: int = 1) -> Iterator[Step]:
 class _Layer(NamedTuple):
     """What selecting by tau needs to know of a layer, whatever the tau."""
 
-    experts: int
+    R: np.ndarray
+    diagonal: str
     groups: int
-    mean: float
-    iqr: float
-    largest: tuple[float, ...]
-    """Largest redundancy that is left before each removal without groups, which never grows."""
-    steps: tuple[Step, ...]
+    order: tuple[Step, ...]
+    """Algorithm 3's removals."""
+    rounds: tuple[Step, ...]
+    """Removals that keep the groups equally large; of one group, the same."""
 
     @classmethod
     def of(cls, R: np.ndarray, diagonal: str, groups: int) -> "_Layer":
-        steps = tuple(_removals(R))
-        in_rounds = steps if groups == 1 else tuple(_removals(R, groups))
-        largest = tuple(step.nmi for step in steps)
-        location = (0.0, 0.0) if len(R) == 1 else _location(R, diagonal)
-        return cls(len(R), groups, *location, largest, in_rounds)
+        if diagonal not in DIAGONALS:
+            raise MoeitsError(f"diagonal is {diagonal!r}: choose one of {', '.join(DIAGONALS)}")
+        order = tuple(method.removals(R))
+        return cls(R, diagonal, groups, order, order if groups == 1 else tuple(_rounds(R, groups)))
 
 
 def _select_by_tau(layer: _Layer, tau: float, at_least: int) -> Selection:
-    experts, groups = layer.experts, layer.groups
+    experts, groups = len(layer.R), layer.groups
     if experts == 1:
         return _selection(experts, (), threshold=None)
-    threshold = layer.mean + tau * layer.iqr
-    wanted = sum(nmi > threshold for nmi in layer.largest)
+    steps, threshold = method.select(layer.R, tau, layer.diagonal, layer.order)
     floor = min(-(-at_least // groups) * groups, experts)
-    keep = (2 * (experts - wanted) + groups) // (2 * groups) * groups  # the nearest multiple, halves up
-    return _selection(experts, layer.steps[: experts - max(keep, floor)], threshold, keep < floor)
+    keep = (2 * (experts - len(steps)) + groups) // (2 * groups) * groups  # the nearest multiple, halves up
+    return _selection(experts, layer.rounds[: experts - max(keep, floor)], threshold, keep < floor)
 
 
 def _selection(

@@ -96,6 +96,7 @@ def simplify(
         return Simplified(prune_model(model, kept), kept)
     chosen = PRESETS[preset]
     weights = chosen.projection_weights(model.config.model_type)
+    # Line 2: the NMI of the experts (equations 4 to 11).
     matrices = {
         layer.layer: nmi_matrix(
             expert_block(layer), bins=chosen.bins, projection_weights=weights, n_jobs=n_jobs
@@ -109,5 +110,6 @@ def simplify(
         "minimum": max(layer.least_for_top_k if at_least_top_k else layer.minimum for layer in layers),
         "groups": max(layer.groups for layer in layers),
     }
+    # Line 3: Algorithm 2, which is Algorithm 3 in every layer. Line 4: the weights. Line 5: moeits.healing.
     _, kept = choose(matrices, made_by, at_least=at_least, tau=tau, n_keep=n_keep, share=share)
     return Simplified(prune_model(model, kept), kept, matrices)

@@ -16,9 +16,10 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moeits import paper
 from moeits.errors import MoeitsError
+from moeits.evaluation import statistics
 from moeits.machine.paths import DATA
+from moeits.study import paper
 
 if TYPE_CHECKING:
     from moeits.models.families import Sizes
@@ -196,19 +197,19 @@ def implied_kept(model: str) -> dict[str, float]:
     Parameters
     ----------
     model : str
-        Name in :data:`moeits.paper.TABLES`.
+        Name in :data:`moeits.study.paper.TABLES`.
 
     Returns
     -------
     dict
         ``removed`` (percent, as printed), ``experts`` (per layer), ``kept`` (per layer, on average).
     """
+    from moeits.models.families import count_key
+
     number = next(number for number, (name, _) in paper.TABLES.items() if name == model)
     removed = _rows(number).expert_params_removed_pct["MoEITS"]
     config = paper.models()[model]["config"]
-    experts = next(
-        config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config
-    )
+    experts = config[count_key(config)]
     return {"removed": removed, "experts": experts, "kept": experts * (1 - removed / 100)}
 
 
@@ -258,11 +259,12 @@ def _best_everywhere() -> Finding:
 
 
 def _lead_in_error(number: int, task: str) -> Finding:
-    # The lead over the best other row exceeds two standard errors of a difference
+    # The lead over the best other row is decided by the standard error of a difference
     scores = _rows(number)[task]
     lead = scores["MoEITS"] - scores.drop("MoEITS").max()
     error = standard_error(scores["MoEITS"], QUESTIONS[task])
-    return Finding("holds" if lead > 2 * sqrt(2) * error else "depends", {"lead": lead, "error": error})
+    sure = statistics.verdict(lead, sqrt(2) * error, higher_is_better=True) == "better"
+    return Finding("holds" if sure else "depends", {"lead": lead, "error": error})
 
 
 def _mean_lead(number: int, at_least: float) -> Finding:

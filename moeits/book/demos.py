@@ -5,7 +5,7 @@ Arrays only; every function is given its seed and returns a table.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import log, sqrt
+from math import sqrt
 
 import numpy as np
 import pandas as pd
@@ -362,8 +362,3 @@ def null_layers(
 def _stacked(weights: Sequence) -> np.ndarray:
     """Weights of all experts as float32, from an array, a tensor or a sequence of them in any format."""
     return np.stack([as_float(expert) for expert in weights])
-
-
-def gaussian_information(correlation: float) -> float:
-    """Mutual information of two normal variables with a correlation, in nats: -log(1 - r^2) / 2."""
-    return -log(1 - correlation**2) / 2

@@ -8,11 +8,10 @@ from math import inf, isclose, log
 
 import numpy as np
 
-from moeits import paper
 from moeits.errors import MoeitsError
 from moeits.nmi import nmi, nmi_matrix
 from moeits.selection import select_experts, select_share
-from moeits.study import planted
+from moeits.study import paper, planted
 from moeits.study.tables import chance_jaccard
 
 Check = Callable[[Callable], Iterator[str]]

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from moeits import paper
 from moeits.book import run
 from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine import devices
 from moeits.machine.paths import CACHE, DATA
-from moeits.study import comparison, profiles, records
+from moeits.study import comparison, paper, profiles, records
 from moeits.study.profiles import ModelSettings, Profile
 
 if TYPE_CHECKING:
@@ -339,7 +338,7 @@ def _config(settings: ModelSettings) -> "PreTrainedConfig":
 
 
 def _paper_config(model: Mapping[str, Any], **changes: Any) -> "PreTrainedConfig":
-    """Make the configuration of one of :func:`moeits.paper.models`, with some settings changed."""
+    """Make the configuration of one of :func:`moeits.study.paper.models`, with some settings changed."""
     from transformers import CONFIG_MAPPING
 
     shape = model["config"] | changes

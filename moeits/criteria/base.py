@@ -291,12 +291,8 @@ def in_groups(
 ) -> tuple[int, ...]:
     """Keep as many experts of each group of a router.
 
-    Parameters
-    ----------
-    choose : callable
-        Group, number -> members to keep, counted from the group's first expert.
-    experts, n_keep, groups : int
-        All experts of the layer, how many of them to keep, and its groups.
+    `choose` takes a group and a number, and gives the members to keep, counted from the group's first
+    expert.
     """
     size = experts // groups
     return tuple(
@@ -346,23 +342,12 @@ def largest(
 ) -> dict[int, int]:
     """Count in every layer the largest scores of all layers together.
 
-    Parameters
-    ----------
-    scores : mapping of int to ndarray, shape (E,)
-        Scores by layer, comparable across layers.
-    total : int
-        Experts to keep in all.
-    minimum : mapping of int to int, optional
-        Fewest experts of each layer, which come first; 1 by default.
-
-    Returns
-    -------
-    dict of int to int
-        Number of experts of each layer.
+    `scores` (E,) of each layer compare across layers; the `minimum` of each layer, 1 by default, comes
+    first, and the counts add up to `total`.
 
     Raises
     ------
-    MoeitsError
+    BudgetError
         If the total is smaller than the minima together, or larger than the number of experts.
     """
     counts = {layer: 1 if minimum is None else minimum[layer] for layer in scores}
@@ -389,21 +374,12 @@ def across_layers(layers: Mapping[int, Layer], share: float, *, score: Score) ->
 def proportional(
     weights: Mapping[int, float], total: int, lower: Mapping[int, int], upper: Mapping[int, int]
 ) -> dict[int, int]:
-    """Deal out a total in proportion to weights, within bounds, by largest remainders.
+    """Deal out a total in proportion to weights, not negative, within bounds, by largest remainders.
 
-    Parameters
-    ----------
-    weights : mapping of int to float
-        Not negative.
-    total : int
-        What to deal out, between the sums of the bounds.
-    lower, upper : mapping of int to int
-        Bounds of each share.
-
-    Returns
-    -------
-    dict of int to int
-        Adds up to `total`.
+    Raises
+    ------
+    BudgetError
+        If the total is not between the sums of the bounds.
     """
     keys = list(weights)
     low, high = (np.array([bound[key] for key in keys], dtype=float) for bound in (lower, upper))

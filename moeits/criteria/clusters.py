@@ -9,20 +9,7 @@ from moeits.nmi import match_neurons
 
 
 def average_linkage(distances: np.ndarray, groups: int) -> np.ndarray:
-    """Group experts by average linkage.
-
-    Parameters
-    ----------
-    distances : ndarray, shape (E, E)
-        Symmetric, zero diagonal.
-    groups : int
-        Number of groups.
-
-    Returns
-    -------
-    ndarray of int, shape (E,)
-        Group of each expert, 0 to groups - 1.
-    """
+    """Group experts by average linkage of `distances` (E, E): the group of each, 0 to groups - 1, (E,)."""
     if len(distances) == 1:
         return np.zeros(1, dtype=int)
     tree = linkage(squareform(distances, checks=False), method="average")
@@ -44,19 +31,10 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 
 
 def behaviour_distance(router: np.ndarray, coactivation: np.ndarray) -> np.ndarray:
-    """Distance of experts whose router rows differ and that rarely work together.
+    """Distance, (E, E), of experts whose router rows (E, d) differ and that rarely work together.
 
-    Parameters
-    ----------
-    router : ndarray, shape (E, d)
-        Rows of the router.
-    coactivation : ndarray, shape (E, E)
-        Tokens that use both.
-
-    Returns
-    -------
-    ndarray, shape (E, E)
-        Distance of the rows plus one minus co-activation, each divided by its largest value.
+    The distance of the rows plus one minus `coactivation` (E, E), the tokens that use both; each divided by
+    its largest value.
     """
     together = np.array(coactivation, dtype=np.float64)
     np.fill_diagonal(together, 0)
@@ -92,23 +70,9 @@ def stun(layer: Layer, n_keep: int) -> tuple[int, ...]:
 def merge(layer: Layer, groups: np.ndarray, leaders: dict[int, int], *, align: bool) -> Change:
     """Replace all experts of a group by the average of their weights, each as often as it is used.
 
-    The router keeps its rows: a token that is routed to any expert of the group uses the average.
-
-    Parameters
-    ----------
-    layer : Layer
-        With statistics.
-    groups : ndarray of int, shape (E,)
-        Group of each expert.
-    leaders : dict of int to int
-        Group -> the expert that the others are aligned with.
-    align : bool
-        Whether to match hidden neurons first.
-
-    Returns
-    -------
-    Change
-        Stored: one expert for each group.
+    The router keeps its rows: a token that is routed to any expert of the group uses the average. `groups`
+    (E,) has the group of each expert, `leaders` of each group the expert whose hidden neurons the others are
+    matched with, if `align` says so. One expert for each group is stored.
     """
     block = layer.weights
     neurons = layer.neurons if align else None

@@ -27,21 +27,10 @@ def _by_expert(layer: Layer) -> dict[str, np.ndarray]:
 
 
 def sparse(weights: np.ndarray, size: np.ndarray, share: float) -> np.ndarray:
-    """Keep in every row the weights whose magnitude times size of the input is largest.
+    """Keep in every row the weights whose magnitude times size of the input is largest; the others become 0.
 
-    Parameters
-    ----------
-    weights : ndarray, shape (..., rows, columns)
-        Matrices.
-    size : ndarray, shape (..., columns)
-        Size of the inputs.
-    share : float
-        Share of each row's weights to keep, rounded half up.
-
-    Returns
-    -------
-    ndarray
-        The matrices, zero elsewhere.
+    `weights` (..., rows, columns), `size` (..., columns) of the inputs, and the `share` of each row to keep,
+    rounded half up.
     """
     columns = weights.shape[-1]
     zeros = columns - int(share * columns + 0.5)
@@ -94,23 +83,13 @@ def quantise(weights: np.ndarray, bits: int) -> np.ndarray:
 def allocate_bits(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
     """Choose a number of bits for every expert: the largest saving of error for its cost first.
 
-    Parameters
-    ----------
-    errors : ndarray, shape (E, C)
-        Weighted error of each expert at each of C numbers of bits.
-    costs : ndarray, shape (C,)
-        Bits that an expert then takes, ascending.
-    budget : float
-        Bits for all experts.
-
-    Returns
-    -------
-    ndarray of int, shape (E,)
-        Place in `costs` of each expert.
+    `errors` (E, C) are the weighted errors of the experts at C numbers of bits, `costs` (C,) the bits that
+    an expert then takes, ascending, and `budget` the bits of all. Returns the place in `costs` of each
+    expert.
 
     Raises
     ------
-    MoeitsError
+    BudgetError
         If the fewest bits are above the budget.
     """
     experts, choices = errors.shape

@@ -14,21 +14,9 @@ def recombine(
 ) -> np.ndarray:
     """Let every kept neuron take up the dropped ones that point its way.
 
-    Parameters
-    ----------
-    neurons : ndarray, shape (E, m, w)
-        Weights by neuron.
-    importance : ndarray, shape (E,)
-        Weight of an expert's neurons in the average.
-    kept : tuple of int
-        Experts that stay.
-    similar : float
-        Least cosine; a dropped neuron without a kept one so near is lost.
-
-    Returns
-    -------
-    ndarray, shape (E, m, w)
-        Kept experts' neurons are averages of themselves and what joined them; the others are as they were.
+    `neurons` (E, m, w) are weights by neuron, `importance` (E,) weighs an expert's neurons in the averages.
+    A dropped neuron whose cosine to every kept one is below `similar` is lost. Dropped experts are as they
+    were.
     """
     experts, count, width = neurons.shape
     dropped = [expert for expert in range(experts) if expert not in kept]

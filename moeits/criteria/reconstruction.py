@@ -11,22 +11,11 @@ SUBSETS = 5000
 
 
 def output_error(gates: np.ndarray, reference: np.ndarray, gram: np.ndarray) -> float:
-    """Squared error of the layer's output, as a share of the squared output.
+    """Squared error of the layer's output, as a share of the squared output: 1 where it is lost altogether.
 
-    The output is the sum of the experts' outputs with these weights, so that the inner products of the
-    experts' outputs are all that is needed.
-
-    Parameters
-    ----------
-    gates, reference : ndarray, shape (n, E)
-        Weights of the experts for each token, in the smaller and in the whole layer.
-    gram : ndarray, shape (n, E, E)
-        Inner products of the experts' outputs for each token.
-
-    Returns
-    -------
-    float
-        0 where nothing changes, 1 where the output is lost altogether.
+    The output is the sum of the experts' outputs with the router's weights: `gates` (n, E) in the smaller
+    and `reference` (n, E) in the whole layer. All that is needed of the outputs is `gram` (n, E, E), their
+    inner products for each token.
     """
     change = gates - reference
     return float(_energy(change, gram) / _energy(reference, gram))

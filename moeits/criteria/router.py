@@ -51,25 +51,6 @@ def random_token_norm(layer: Layer) -> np.ndarray:
     return activation_norm(replace(layer, calibration=layer.probe))
 
 
-def evenness(gates: np.ndarray) -> float:
-    """How equal a router's weights of the chosen experts are.
-
-    Parameters
-    ----------
-    gates : ndarray, shape (n, E)
-        Weights of the experts for each token, zero for those that are not chosen.
-
-    Returns
-    -------
-    float
-        Exponential of the entropy of a token's weights over the number of experts it uses, mean over the
-        tokens: 1 where all weights are equal, so that they say no more than which experts were chosen.
-    """
-    shares = gates / gates.sum(axis=1, keepdims=True)
-    entropy = -np.where(shares > 0, shares * np.log(np.where(shares > 0, shares, 1)), 0).sum(axis=1)
-    return float((np.exp(entropy) / (gates > 0).sum(axis=1)).mean())
-
-
 def reap(layer: Layer) -> np.ndarray:
     """Mean of router weight times norm of the output over the tokens that use the expert; 0 if none does.
 

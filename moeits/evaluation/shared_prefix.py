@@ -32,19 +32,12 @@ LONG_TRUNK = 1024  # from this many shared tokens on, causal attention is worth 
 
 
 def token_tree(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Merge token sequences at their common prefixes.
-
-    Parameters
-    ----------
-    sequences : sequence of sequences of int
-        Token ids; none is empty.
+    """Merge sequences of token ids, none of them empty, at their common prefixes.
 
     Returns
     -------
-    tokens : ndarray (S,), int64
-        Token of each node; a node comes after its parent.
-    parents : ndarray (S,), int64
-        Index of each node's parent, -1 for a first token.
+    tokens, parents : ndarray (S,), int64
+        Token of each node and index of its parent, which comes before it; -1 for a first token.
     ends : list of int
         Node at which each sequence ends.
     """
@@ -64,18 +57,7 @@ def token_tree(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarr
 
 
 def ancestor_mask(parents: np.ndarray) -> np.ndarray:
-    """Which nodes each node of a tree sees.
-
-    Parameters
-    ----------
-    parents : ndarray (S,)
-        Index of each node's parent, which comes before it, or -1.
-
-    Returns
-    -------
-    ndarray (S, S), bool
-        True at (i, j) where j is i or one of its ancestors.
-    """
+    """Which nodes each node of a tree sees, (S, S): True at (i, j) where j is i or one of its ancestors."""
     mask = np.eye(len(parents), dtype=bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -91,24 +73,11 @@ def tree_logits(
     *,
     long_trunk: int = LONG_TRUNK,
 ) -> torch.Tensor:
-    """Logits of the next token at some nodes of a token tree.
+    """Logits of the next token, (W, V) in float32, at some nodes of a token tree.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal language model with full attention.
-    tokens, parents : ndarray (S,)
-        The tree, from :func:`token_tree`.
-    wanted : ndarray (W,)
-        Nodes, ascending.
-    long_trunk : int
-        A trunk (the tokens that all sequences share) of at least this length is read causally into a cache,
-        and the branches after it; a shorter one is read in one pass with them.
-
-    Returns
-    -------
-    Tensor (W, V), float32
-        Logits at the wanted nodes.
+    The model has full attention; tokens and parents (S,) are those of :func:`token_tree`, and the wanted
+    nodes (W,) ascend. A trunk (the tokens that all sequences share) of at least `long_trunk` tokens is read
+    causally into a cache, and the branches after it; a shorter one is read in one pass with them.
     """
     ids = torch.as_tensor(tokens, device=model.device)[None]  # (1, S)
     keep = torch.as_tensor(wanted)  # on the CPU: the logits may be on another device than the embedding
@@ -258,22 +227,10 @@ def _last_nodes(parents: np.ndarray, end: int, count: int) -> np.ndarray:
 
 
 def tree_batches(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Deal sequences out to token trees.
+    """Deal sequences out to token trees: yields the indices of the sequences of one tree.
 
     Sequences that share a prefix go into the same tree. The tokens of a tree beyond its trunk, which is what
     all of its sequences share, stay within the budget unless a single sequence exceeds it.
-
-    Parameters
-    ----------
-    sequences : sequence of sequences of int
-        Token ids.
-    budget : int
-        Tokens.
-
-    Yields
-    ------
-    list of int
-        Indices of the sequences of one tree.
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])  # neighbours share the longest prefixes
     batch: list[int] = []

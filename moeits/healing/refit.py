@@ -100,26 +100,12 @@ def refit_model(
 
 
 def least_squares(mixed: Tensor, wanted: Tensor, start: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Fit ``mixed @ fitted`` to `wanted`, drawn towards a start.
+    """Fit ``mixed @ fitted`` to `wanted`, drawn towards a start; the fit is (n, d) in float32.
 
-    Minimises ``|wanted - mixed @ fitted|**2 + c |fitted - start|**2`` with ``c`` the ridge times the mean
-    diagonal of the Gram matrix. Solved with the Gram matrix of the columns or of the rows, whichever is
-    smaller.
-
-    Parameters
-    ----------
-    mixed : Tensor, shape (tokens, n)
-        Hidden neurons times the weight of their expert.
-    wanted : Tensor, shape (tokens, d)
-        What they should give.
-    start : Tensor, shape (n, d)
-        Down projection before.
-    ridge : float
-        Positive.
-
-    Returns
-    -------
-    Tensor of float32, shape (n, d)
+    `mixed` (tokens, n) are hidden neurons times the weight of their expert, `wanted` (tokens, d) what they
+    should give, `start` (n, d) the down projection before. Minimises ``|wanted - mixed @ fitted|**2 + c
+    |fitted - start|**2`` with ``c`` the positive ridge times the mean diagonal of the Gram matrix. Solved
+    with the Gram matrix of the columns or of the rows, whichever is smaller.
     """
     missing = wanted - mixed @ start.to(mixed.dtype)
     tokens, neurons = mixed.shape

@@ -118,6 +118,12 @@ EXPERT_COUNTS = (
 )
 """Names under which modules (and, but for the last, configurations) keep the number of experts."""
 
+
+def count_key(config: Mapping[str, object]) -> str:
+    """Name under which a configuration keeps the number of experts of a layer."""
+    return next(key for key in EXPERT_COUNTS[:-1] if key in config)
+
+
 TOP_KS = (
     "top_k",
     "num_experts_per_tok",

@@ -134,22 +134,10 @@ def _filled(states: Tensor) -> Tensor:
 
 
 def chosen_tokens(index: Tensor, weights: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Tokens of each expert that any token is routed to.
+    """Yield each expert that any token is routed to, its tokens (rows of `index`), and their weights for it.
 
-    Parameters
-    ----------
-    index, weights : Tensor, shape (tokens, top-k)
-        What the router chose.
-    experts : int
-        Number of experts; larger numbers in `index` stand for none.
-
-    Yields
-    ------
-    expert : int
-    tokens : Tensor of int64
-        Rows of `index` that hold the expert.
-    weights : Tensor
-        Their weights for it.
+    `index` and `weights` (tokens, top-k) are what the router chose; larger numbers than `experts` stand for
+    none.
     """
     chosen = index.flatten()
     places = chosen.argsort(stable=True).split(chosen.bincount(minlength=experts).tolist())

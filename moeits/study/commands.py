@@ -143,7 +143,7 @@ def rivals(
     from moeits.study import comparison, pipeline, profiles, tables
 
     settings = profiles.load(profile)
-    everything = [name for name, entry in criteria.CRITERIA.items() if not entry.quoted_only]
+    everything = list(criteria.CRITERIA)
     models = models or tuple(settings.models)
     steps = list(
         comparison.steps(

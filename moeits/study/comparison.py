@@ -23,12 +23,12 @@ import numpy as np
 from moeits import criteria, evaluation
 from moeits.criteria.controls import subsets
 from moeits.criteria.folder import ORACLE_TOKENS
-from moeits.criteria.router import evenness
 from moeits.errors import BudgetError
 from moeits.machine import devices
 from moeits.machine.keys import by_value, digest
 from moeits.machine.paths import CACHE
 from moeits.study import cost, records
+from moeits.study.gathered import evenness, read_statistics, write_statistics
 from moeits.study.measurement import Measurement
 from moeits.study.measurement import found as found_of
 from moeits.study.pipeline import Step, Study
@@ -105,7 +105,7 @@ class Comparison:
         return [
             label
             for name, criterion in criteria.CRITERIA.items()
-            if not (criterion.quoted_only or criterion.needs_loss)
+            if not criterion.needs_loss
             for label in (_draws(self.profile, DRAWS) if name == "random" else [name])
         ]
 
@@ -118,8 +118,6 @@ class Comparison:
         text : {"calibration", "random"}
             Which one.
         """
-        from moeits.criteria.statistics import read_statistics
-
         if text not in self._known:
             _ = self.statistics_record(text)
             file = self._statistics_file(text)
@@ -274,7 +272,7 @@ class Comparison:
 
     def _gather(self, text: str) -> tuple[list[dict], dict]:
         from moeits import corpus
-        from moeits.criteria.statistics import gather, random_tokens, write_statistics
+        from moeits.criteria.statistics import gather, random_tokens
 
         model, tokens = self.study.load(), self.profile.calibration_tokens
         if text == "random":
@@ -753,7 +751,7 @@ def _text(method: str) -> str | None:
         return None
     criterion = criteria.criterion(method.split()[0])
     if criterion.needs_calibration:
-        return None if criterion.quoted_only else "calibration"
+        return "calibration"
     return "random" if criterion.needs_probe else None
 
 

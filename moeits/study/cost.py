@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeits.machine import energy
-from moeits.study import records
+from moeits.study import energy, records
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +69,7 @@ def compare_costs(
         that before the model was loaded), ``multiply_adds`` per token of the model as it was loaded,
         ``prefill`` and ``decode`` in tokens per second with their standard errors over the ``n`` repetitions
         (``prefill_stderr``, ``decode_stderr``),
-        ``joules`` per generated token or None (see :mod:`moeits.machine.energy`), and ``surgery``, the
+        ``joules`` per generated token or None (see :mod:`moeits.study.energy`), and ``surgery``, the
         seconds in which the pruned variant's checkpoint was written, or None.
 
     Raises

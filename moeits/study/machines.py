@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from moeits.errors import MoeitsError
+from moeits.evaluation import statistics
 from moeits.study import records
 
 _SETTINGS = ["shots", "chat_template", "way", "healing seed"]
@@ -61,7 +62,7 @@ def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
         elif stderr is None:
             verdict = "no error known"
         else:
-            verdict = "within error" if abs(difference) <= 2 * stderr else "outside"
+            verdict = "within error" if statistics.verdict(difference, stderr) == "undecided" else "outside"
         key = tuple(None if pd.isna(pair[name]) else pair[name] for name in (*_ASKED, "task"))
         rows.append(
             {name: pair[name] for name in _KEYS}

@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeits.machine import energy
 from moeits.machine.keys import by_value, code_digest, versions
 from moeits.machine.paths import check_writable
-from moeits.study import records
+from moeits.study import energy, records
 from moeits.study.records import Record
 
 

@@ -36,10 +36,11 @@ from transformers import (
 )
 
 from moeits import corpus
-from moeits.errors import ExistsError, MoeitsError
+from moeits.errors import MoeitsError
 from moeits.healing.refit import least_squares, product
 from moeits.machine.devices import choose
 from moeits.machine.paths import CACHE, package_folder, whole
+from moeits.models.folder import check_target
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BLOCK = 512  # tokens per block of calibration and held-out text
@@ -228,9 +229,7 @@ def build(
     """
     if name != "dense" and name not in LAYOUTS:
         raise MoeitsError(f"unknown laptop model {name!r}: expected one of {', '.join(LAYOUTS)} (or dense)")
-    folder = Path(folder)
-    if folder.exists():
-        raise ExistsError(f"{folder} exists: remove it or choose another folder")
+    folder = check_target(folder)
     if name == "dense":
         with whole(folder) as part:
             shutil.copytree(dense(layers=layers), part)

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moeits import paper
-from moeits.errors import ExistsError, MoeitsError
+from moeits.errors import MoeitsError
 from moeits.machine.paths import whole
+from moeits.models.folder import check_target
+from moeits.study import paper
 
 
 def names() -> dict[str, str]:
-    """Names of the stand-ins, and of the models in :func:`moeits.paper.models` that they stand for."""
+    """Names of the stand-ins, and of the models in :func:`moeits.study.paper.models` that they stand for."""
     return {name.lower().replace(" ", "-"): name for name in paper.models()}
 
 
@@ -66,11 +67,10 @@ def standin(name: str, folder: Path | str, *, layers: int = 2, shrink: int = 1, 
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    folder, known = Path(folder), names()
+    known = names()
     if name not in known:
         raise MoeitsError(f"no stand-in is called {name!r}: there are {', '.join(known)}")
-    if folder.exists():
-        raise ExistsError(f"{folder} exists: choose another folder, or remove it first")
+    folder = check_target(folder)
     settings = dict(paper.models()[known[name]]["config"])
     widths = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
     first = settings.get("first_k_dense_replace", 0) + 1

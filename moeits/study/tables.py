@@ -10,10 +10,12 @@ from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy.special import stdtr
 
 from moeits import criteria, evaluation
 from moeits.errors import MoeitsError
+from moeits.evaluation.statistics import ERRORS, verdict
 from moeits.machine.paths import DATA
 from moeits.study import comparison, records
 from moeits.study.comparison import FINAL, FORMATS, REFERENCE, Comparison, label, removes
@@ -92,30 +94,38 @@ def _place(cell: Record) -> tuple[str, str, comparison.Budget]:
     return tuple(cell.inputs[key] for key in ("model", "method", "budget"))
 
 
-def describe(names: Iterable[str] | Mapping[str, object] = criteria.CRITERIA) -> pd.DataFrame:
-    """Tabulate the methods: title, citation, definition, equation, calibration, what is simplified."""
+def describe() -> pd.DataFrame:
+    """Tabulate all methods, the quoted ones last.
+
+    Returns
+    -------
+    DataFrame
+        name, method (its title), citation, definition, equation, calibration (whether it reads statistics of
+        calibration text), simplified, and kind: "keeps experts", "changes weights" or "quoted only". See
+        ``data/paper/methods.yaml``.
+    """
+    texts = yaml.safe_load((DATA / "paper" / "methods.yaml").read_text(encoding="utf-8"))
+    variants = texts.pop("variants")
     lines = []
-    for name in names:
-        entry = criteria.criterion(name)
-        lines.append(
-            {
-                "name": name,
-                "method": entry.title,
-                "citation": entry.citation,
-                "definition": entry.definition,
-                "equation": entry.equation,
-                "calibration": entry.needs_calibration,
-                "simplified": entry.simplified,
-                "kind": (
-                    "quoted only"
-                    if entry.quoted_only
-                    else "changes weights"
-                    if entry.change
-                    else "keeps experts"
-                ),
+    for name, entry in criteria.CRITERIA.items():
+        base, _, ending = name.rpartition("-")
+        told = texts.get(name)
+        if told is None:
+            title = criteria.CRITERIA[base].title
+            told = texts[base] | {
+                key: text.replace("{title}", title) for key, text in variants[ending].items()
             }
-        )
+        kind = "changes weights" if entry.change else "keeps experts"
+        lines.append(_told(name, entry.title, entry.needs_calibration, kind, told))
+    quoted = [name for name in texts if name not in criteria.CRITERIA]
+    lines += [_told(name, texts[name]["title"], True, "quoted only", texts[name]) for name in quoted]
     return pd.DataFrame(lines)
+
+
+def _told(name: str, title: str, calibration: bool, kind: str, text: Mapping[str, str]) -> dict[str, object]:
+    keys = ("citation", "definition", "equation", "simplified")
+    told = {key: text.get(key, "") for key in keys}
+    return {"name": name, "method": title, "calibration": calibration, "kind": kind, **told}
 
 
 def table(cells: Iterable[Record]) -> pd.DataFrame:
@@ -194,16 +204,9 @@ def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def verdict(difference: float, stderr: float) -> str:
-    """Name a difference in bits per byte, "better" or "worse" beyond two errors, else "no difference"."""
-    if abs(difference) <= 2 * stderr:
-        return "no difference"
-    return "better" if difference < 0 else "worse"
-
-
 def by_chance(blocks: int) -> float:
     """Share of pairs of equals that :func:`verdict` would tell apart, by Student's t over so many blocks."""
-    return float(2 * stdtr(blocks - 1, -2))
+    return float(2 * stdtr(blocks - 1, -ERRORS))
 
 
 def paired(cell: Record, other: Record) -> tuple[float, float]:
@@ -340,8 +343,12 @@ def speed_table(speeds: Iterable[Record], cells: Iterable[Record]) -> pd.DataFra
             for other in timed
             if other["model"] == line["model"]
             and other["form"] in ("whole", "pruned")
-            and other["reading"]
-            >= line["reading"] - 2 * math.hypot(other["reading stderr"], line["reading stderr"])
+            and verdict(
+                other["reading"] - line["reading"],
+                math.hypot(other["reading stderr"], line["reading stderr"]),
+                higher_is_better=True,
+            )
+            != "worse"
         ]
         fast = max((other["share"] for other in rivals), default=None)
         for method in FORMATS[line["form"]]:

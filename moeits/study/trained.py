@@ -33,11 +33,10 @@ from transformers import (
 )
 
 from moeits.errors import MissingError, MoeitsError
-from moeits.machine import energy
 from moeits.machine.paths import CACHE, DATA, whole
 from moeits.models.families import expert_block, moe_layers
 from moeits.nmi import nmi_matrix
-from moeits.study import corpus
+from moeits.study import corpus, energy
 from moeits.study.initialisation import branches, redraw, router_rows, slices
 from moeits.study.records import environment
 from moeits.study.training import Schedule, is_sparse, routing, train

@@ -15,12 +15,11 @@ import pandas as pd
 from joblib import Parallel, delayed
 from scipy import stats
 
-from moeits.errors import MoeitsError
+from moeits.evaluation.statistics import estimate
 from moeits.study.measurement import Measurement
 from moeits.study.records import Record, load, row
 
 STEP = "selection"
-LEVEL = 0.05
 
 CRITERIA = (
     "frequency",
@@ -269,70 +268,6 @@ def differences(records: Iterable[Record]) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean of one value per training.
-
-    Attributes
-    ----------
-    mean, error : float
-        Mean and standard error over the trainings.
-    n : int
-        Trainings.
-    low, high : float
-        The 95 % interval, by the t distribution.
-    p : float
-        Two-sided, against a mean of 0.
-    verdict : str
-        ``"better"`` or ``"worse"`` where the interval excludes 0 (lower values are better), ``"equivalent"``
-        where the 90 % interval lies within the margin, ``"undecided"`` otherwise.
-    """
-
-    mean: float
-    error: float
-    n: int
-    low: float
-    high: float
-    p: float
-    verdict: str
-
-
-def estimate(values: Sequence[float], margin: float | None = None) -> Estimate:
-    """Estimate a mean over trainings, and give the registered verdict.
-
-    Parameters
-    ----------
-    values : sequence of float
-        One per training, two or more; lower is better.
-    margin : float, optional
-        Margin of equivalence; without one nothing is equivalent.
-
-    Returns
-    -------
-    Estimate
-
-    Raises
-    ------
-    MoeitsError
-        For fewer than two values: one training gives no error over trainings.
-    """
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        raise MoeitsError("an error over trainings needs two or more of them")
-    mean, error = float(values.mean()), float(stats.sem(values))
-    free = len(values) - 1
-    half = stats.t.ppf(1 - LEVEL / 2, free) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, free)) if error else float(mean == 0)
-    near = stats.t.ppf(1 - LEVEL, free) * error
-    if p < LEVEL:
-        verdict = "better" if mean < 0 else "worse"
-    elif margin is not None and abs(mean) + near <= margin:
-        verdict = "equivalent"
-    else:
-        verdict = "undecided"
-    return Estimate(mean, error, len(values), mean - half, mean + half, p, verdict)
 
 
 def percentile_p(percentiles: Sequence[float]) -> float:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from moeits import paper
 from moeits.book import audit
 from moeits.book.run import toc_pages
 from moeits.machine.paths import BOOK
+from moeits.study import paper
 
 LEDGER = paper.DATA / "paper" / "claims.yaml"
 

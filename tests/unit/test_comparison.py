@@ -1,4 +1,5 @@
 import math
+import re
 import time
 from dataclasses import replace
 from itertools import combinations
@@ -14,13 +15,15 @@ from tiny import tiny_model, tokens
 
 from moeits import criteria, evaluation
 from moeits.cli import main
-from moeits.criteria import information
+from moeits.criteria import controls, information, recombination, reconstruction
 from moeits.criteria.folder import select_from_folder
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
+from moeits.evaluation.statistics import verdict
 from moeits.healing.lora import heal_model
 from moeits.healing.refit import refit_model
 from moeits.kept import Kept
+from moeits.machine.paths import BOOK
 from moeits.models.families import moe_layers
 from moeits.models.folder import load_model
 from moeits.models.surgery import prune_model
@@ -36,7 +39,6 @@ from moeits.study.tables import (
     paired,
     speed_table,
     table,
-    verdict,
 )
 
 
@@ -342,7 +344,7 @@ def test_differences_in_pairs_and_their_verdicts():
     found = differences(iter(cells), [(method, "moeits") for method in ("reap", "lu", "first", "dern")])
     assert found["first"].tolist() == ["reap", "lu", "first"]
     assert found.budget.unique().tolist() == ["50%"]
-    assert found.verdict.tolist() == ["better", "no difference", "worse"]
+    assert found.verdict.tolist() == ["better", "undecided", "worse"]
     assert found.difference[0] == pytest.approx(-2.8 / 3 / math.log(2))
 
 
@@ -350,7 +352,7 @@ def test_equals_are_told_apart_as_often_as_chance_says():
     rng, blocks, draws = np.random.default_rng(0), 12, 4000
     verdicts = [verdict(*evaluation.ratio(rng.standard_normal(blocks), [5] * blocks)) for _ in range(draws)]
     share = tables.by_chance(blocks)
-    found = np.mean([name != "no difference" for name in verdicts])
+    found = np.mean([name != "undecided" for name in verdicts])
     assert abs(found - share) < 3 * math.sqrt(share * (1 - share) / draws)
     assert tables.by_chance(10**6) == pytest.approx(math.erfc(math.sqrt(2)), rel=1e-4)
 
@@ -555,12 +557,12 @@ def test_a_folder_is_selected_from(folder, monkeypatch):
 def test_the_profiles_name_methods_that_can_be_measured(name):
     profile = profiles.load(name)
     assert comparison.REFERENCE in profile.rivals
-    assert not any(criteria.criterion(method).quoted_only for method in profile.rivals)
+    assert set(profile.rivals) <= set(criteria.CRITERIA)
     assert set(profile.rival_models or []) <= set(profile.models)
 
 
 def test_the_smoke_profile_has_every_computation():
-    computed = {repr(entry.functions[:3]) for entry in criteria.CRITERIA.values() if not entry.quoted_only}
+    computed = {repr(entry.functions[:3]) for entry in criteria.CRITERIA.values()}
     covered = {repr(criteria.criterion(method).functions[:3]) for method in profiles.load("smoke").rivals}
     assert covered == computed
 
@@ -583,3 +585,31 @@ def test_select_refuses_what_belongs_to_nmi_matrices(folder):
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2
     assert "belong to an nmi.npz, not to --criterion" in done.output
+
+
+def test_every_method_is_described_so_that_a_table_can_hold_it():
+    told = tables.describe().set_index("name")
+    measured = told[told.kind != "quoted only"]
+    assert list(measured.index) == list(criteria.CRITERIA)
+    assert (measured.equation != "").all()
+    assert (told.definition != "").all()
+    quoted = told.drop(index=measured.index)
+    assert list(quoted.index) == ["mop", "c-gnn-prune"]
+    assert (quoted.equation == "").all()
+    assert quoted.simplified.str.contains("not give").all()
+    for name, equation in told.equation.items():
+        assert equation.count("$") % 2 == 0, name
+        assert "|" not in equation, name
+        for pair in ("{}", "()"):
+            assert equation.count(pair[0]) == equation.count(pair[1]), name
+    keys = set(re.findall(r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text(), re.MULTILINE))
+    assert set(told.citation) - {""} <= keys
+    assert told.definition["reap-global"].startswith("As REAP, but the experts of all layers")
+    assert told.citation["moeits-null-uniform"] == told.citation["moeits"]
+
+
+def test_the_descriptions_have_the_numbers_of_the_code():
+    simplified = tables.describe().set_index("name").simplified
+    assert f"at most {controls.SUBSETS} subsets" in simplified["oracle"]
+    assert f"up to {reconstruction.SUBSETS:,};" in simplified["lu"]
+    assert f"a cosine of {recombination.SIMILAR:g} " in simplified["dern"]

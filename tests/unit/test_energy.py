@@ -3,8 +3,7 @@
 import pynvml
 import pytest
 
-from moeits.machine import energy
-from moeits.study import records
+from moeits.study import energy, records
 from moeits.study.measurement import Measurement
 
 

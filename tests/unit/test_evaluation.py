@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from moeits import evaluation
 from moeits.cli import main
-from moeits.evaluation import TASKS, baselines, compare, evaluate, mcnemar, perplexity, ratio, summarise
+from moeits.evaluation import TASKS, baselines, evaluate, perplexity, summarise
+from moeits.evaluation.statistics import compare, mcnemar, ratio, verdict
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
@@ -340,7 +341,7 @@ def test_comparison_by_hand():
     assert row["stderr"] == pytest.approx(gain.std(ddof=1) / math.sqrt(8))
     assert (row["lost"], row["won"], row["flips"], row["n"]) == (4, 1, 5, 8)
     assert row["p"] == pytest.approx(2 * (5 + 1) / 2**5)
-    assert row["verdict"] == "within error"
+    assert row["verdict"] == "undecided"
     bits = table.loc[("arc_easy", "bits_per_byte")]
     assert bits["difference"] == pytest.approx(6 / 32)
     assert bits["p"] is None
@@ -354,7 +355,7 @@ def test_a_model_compared_with_itself():
     items = items_of([1, 0, 1])
     table = compare(items, items)
     assert (table["difference"] == 0).all()
-    assert set(table["verdict"]) == {"within error"}
+    assert set(table["verdict"]) == {"undecided"}
     assert set(table["p"].dropna()) == {1.0}
 
 
@@ -461,3 +462,24 @@ def test_command(model, tokenizer, tmp_path):
     wrong = CliRunner().invoke(main, ["evaluate", str(folder), "--tasks", "mmlu"])
     assert wrong.exit_code == 1
     assert wrong.output.startswith("Error: no task is named 'mmlu'")
+
+
+@pytest.mark.parametrize(
+    ("difference", "stderr", "options", "expected"),
+    [
+        (-0.21, 0.1, {}, "better"),
+        (0.21, 0.1, {}, "worse"),
+        (0.21, 0.1, {"higher_is_better": True}, "better"),
+        (0.2, 0.1, {}, "undecided"),
+        # Of five units the interval has 2.78 errors, t of four degrees of freedom.
+        (-0.27, 0.1, {"free": 4}, "undecided"),
+        (-0.28, 0.1, {"free": 4}, "better"),
+        (0.01, 0.1, {"margin": 0.2}, "equivalent"),
+        (0.01, 0.1, {"margin": 0.2, "free": 4}, "undecided"),  # 0.01 + 2.13 * 0.1 > 0.2
+        (0.21, 0.1, {"margin": 1.0}, "worse"),
+        (5.0, math.nan, {"margin": 9.0}, "undecided"),
+        (0.0, 0.0, {}, "undecided"),
+    ],
+)
+def test_the_one_verdict(difference, stderr, options, expected):
+    assert verdict(difference, stderr, **options) == expected

@@ -3,8 +3,8 @@ import re
 import pandas as pd
 import pytest
 
-from moeits import paper
 from moeits.machine.paths import BOOK
+from moeits.study import paper
 
 
 @pytest.mark.parametrize("number", paper.TABLES)

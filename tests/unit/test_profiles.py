@@ -1,7 +1,6 @@
 import pytest
 
-from moeits import paper
-from moeits.study import profiles
+from moeits.study import paper, profiles
 
 
 @pytest.mark.parametrize("name", profiles.names())

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeits.kept import Kept
-from moeits.selection import DIAGONALS, select_experts, select_share
+from moeits.method import DIAGONALS
+from moeits.selection import select_experts, select_share
 
 # Entries of R worked through below: 0.6, 0.2, 0.3, each twice.
 THREE = np.array([[0, 0.6, 0.2], [0.6, 0, 0.3], [0.2, 0.3, 0]])

@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from moeits import paper
 from moeits.cli import main
+from moeits.study import paper
 from moeits.study.standin import heavy_tailed, names, standin
 
 # Widths that no number of experts equals, and rows of a multiple of 16 bytes.
