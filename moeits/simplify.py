@@ -64,7 +64,7 @@ def simplify(
 
     Raises
     ------
-    ValueError
+    MoeitsError
         If the budget is impossible, or preset, criterion, device or dtype are unknown.
 
     References

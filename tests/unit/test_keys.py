@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer, tokens
 
+from moeits.healing.recipe import Recipe
 from moeits.machine import keys, paths
 from moeits.study import comparison, pipeline, profiles
 from moeits.study.comparison import Comparison
@@ -135,7 +136,7 @@ def compared(model, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "DATA", tmp_path / "data")
     monkeypatch.setattr("moeits.models.checkpoint.CACHE", tmp_path / "cache")
     settings = profiles.load("laptop").models["smol-qwen"].model_copy(update={"source": str(model)})
-    recipe = profiles.recipe(preset="paper", steps=1, batch_size=1, accumulation=1, max_tokens=16, rank=2)
+    recipe = Recipe(preset="paper", steps=1, batch_size=1, accumulation=1, max_tokens=16, rank=2)
     profile = profiles.load(
         "laptop",
         models={"tiny": settings.model_dump()},
