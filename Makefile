@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadgroup --no-lo
 
 .DEFAULT_GOAL := help
 .PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study
-.PHONY: bench paper-check reference check-records wheel clean
+.PHONY: bench paper-check reference check-records interop wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -86,6 +86,11 @@ check-records: env ## measure a few of the records in data/reference again, and 
 
 reference: env ## copy the laptop profile's records to data/reference and their table into the README
 	$(RUN)python -m moeits.study.reference
+
+interop: env ## build llama.cpp in .interop and compare logits of pruned GGUF files with those of transformers
+	@test -x .interop/bin/python || $(PYTHON) -m venv .interop
+	.interop/bin/python -m pip install --quiet --disable-pip-version-check --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	$(RUN)python tests/unit/llama_cpp_logits.py .interop/bin/python
 
 wheel: env ## build the package alone, the library and what it can do without this repository, into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

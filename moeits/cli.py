@@ -271,15 +271,18 @@ def prune(
     """Remove experts from a checkpoint, file by file, without loading it, or from a GGUF file.
 
     The experts to remove follow from the NMI of their weights and the budget of --tau, --n-keep or --share;
-    or a kept.json lists those to keep. A GGUF file holds one number of experts for all layers.
+    or a kept.json lists those to keep. Where that holds the scores of `moeits select --criterion`, a budget
+    beside it measures nothing again. A GGUF file holds one number of experts for all layers.
     """
     from moeits.kept import Kept
     from moeits.models import checkpoint, gguf
     from moeits.nmi import read_matrices
     from moeits.selection import choose
 
-    budget = _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
-    numbers = {name: value for name, value in budget.items() if name != "kept"}
+    numbers = {"tau": tau, "n_keep": n_keep, "share": share}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    if kept is None or tau is not None or len(numbers) > 1:
+        _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
     progress = not options.quiet()
     is_gguf = Path(model).is_file()
     if is_gguf and tau is not None and not uniform:
@@ -293,13 +296,18 @@ def prune(
         limits = check(model, target, **numbers, at_least=at_least, at_least_top_k=at_least_top_k)
         if kept is not None:
             choice = Kept.read(kept)
+            if numbers or uniform:
+                from moeits.criteria.folder import select_again
+
+                numbers = numbers or {"share": choice.share}
+                choice = select_again(choice, **numbers, uniform=uniform or is_gguf, **limits)
         else:
             matrices, made_by = (
                 read_matrices(nmi)
                 if nmi is not None
                 else _measure(model, preset=preset, n_jobs=n_jobs, progress=progress)
             )
-            _, choice = choose(matrices, made_by | limits, uniform=uniform or is_gguf, **budget)
+            _, choice = choose(matrices, made_by | limits, uniform=uniform or is_gguf, **numbers)
         if is_gguf:
             gguf.prune_gguf(model, target, choice, progress=progress)
         else:

@@ -48,6 +48,8 @@ class Kept:
         Experts per token before and after, of the layers where fewer experts remain than a token used.
     versions : dict[str, str]
         Versions of what wrote the file.
+    scores : dict[int, tuple[float, ...]]
+        Importance of each layer's experts, where the criterion has one: what another budget keeps follows.
 
     Raises
     ------
@@ -64,6 +66,7 @@ class Kept:
     threshold: Mapping[int, float | None] = field(default_factory=dict)
     top_k: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions, compare=False)
+    scores: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self):
         if set(self.layers) != set(self.num_experts):
@@ -111,7 +114,10 @@ class Kept:
 
     def to_json(self) -> str:
         """Write what a ``kept.json`` holds."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+        content = {"schema": SCHEMA, **asdict(self)}
+        if not self.scores:
+            del content["scores"]
+        return json.dumps(content, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: object) -> "Kept":
@@ -126,6 +132,8 @@ class Kept:
             for name in ("layers", "num_experts", "threshold", "top_k"):
                 content[name] = {int(layer): value for layer, value in content[name].items()}
             content["layers"] = {layer: tuple(map(int, ids)) for layer, ids in content["layers"].items()}
+            scores = content.get("scores", {}).items()
+            content["scores"] = {int(layer): tuple(map(float, values)) for layer, values in scores}
             content["top_k"] = {layer: tuple(pair) for layer, pair in content["top_k"].items()}
             kept = cls(**content)
         except KeyError as error:

@@ -266,21 +266,6 @@ def check_prunable(
     return {"groups": model.groups, "minimum": floor}
 
 
-def check_equal(kept: Kept) -> None:
-    """Refuse a choice that keeps different numbers of experts.
-
-    Raises
-    ------
-    MoeitsError
-        If the layers' numbers differ.
-    """
-    if len(counts := {len(ids) for ids in kept.layers.values()}) > 1:
-        raise MoeitsError(
-            f"a GGUF file holds one number of experts for all layers, but {sorted(counts)} would stay: "
-            "choose them with --uniform, --share or --n-keep"
-        )
-
-
 def prune_gguf(
     source: str | Path,
     target: str | Path,
@@ -315,13 +300,17 @@ def prune_gguf(
     ExistsError, PlaceError
         If `target` exists or cannot be written; if the disk is too small, before anything is written.
     MissingError, MoeitsError
-        As :func:`read_gguf`, :func:`check_equal` and :func:`moeits.models.surgery.complete`; if experts or a
-        router that stay in floating point hold NaN or infinite values.
+        As :func:`read_gguf` and :func:`moeits.models.surgery.complete`; if different numbers of experts would
+        stay; if experts or a router that stay in floating point hold NaN or infinite values.
     """
     source, target = Path(source), check_target(target)
     model = read_gguf(source)
     kept = complete(kept, [model.moe_layer(layer) for layer in gguf_blocks(model)], source.name)
-    check_equal(kept)
+    if len(counts := {len(ids) for ids in kept.layers.values()}) > 1:
+        raise MoeitsError(
+            f"a GGUF file holds one number of experts for all layers, but {sorted(counts)} would stay: "
+            "choose them with --uniform, --share or --n-keep"
+        )
     # Of what was chosen for a folder, only the numbers can be compared.
     mark, of = gguf_fingerprint(model), kept.fingerprint or ""
     if of.startswith("gguf-") and of != mark:

@@ -166,7 +166,7 @@ def complete(
     chosen = check_kept(layers, kept.layers)
     after = {layer.layer: (layer.top_k, layer.top_k_of(len(chosen[layer.layer]))) for layer in layers}
     shrunk = {layer: pair for layer, pair in after.items() if pair[1] < pair[0]}
-    return replace(kept, layers=chosen, num_experts=counts, top_k=shrunk, versions=versions())
+    return replace(kept, layers=chosen, num_experts=counts, top_k=shrunk, versions=versions(), scores={})
 
 
 def compose(first: Kept | None, second: Kept) -> Kept:

@@ -2,17 +2,21 @@
 
 import json
 import struct
+import subprocess
 from dataclasses import replace
 
+import llama_cpp_logits
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
-from tiny import tiny_model
+from tiny import tiny_model, tokens
 from tiny_gguf import gguf_tensors, write_gguf
 
 from moeits.cli import main
 from moeits.kept import Kept
+from moeits.machine.paths import ROOT
 from moeits.models import gguf
 from moeits.models.gguf import gguf_blocks, prune_gguf, read_gguf
 from moeits.models.surgery import prune_model
@@ -254,3 +258,35 @@ def test_the_metadata_holds_what_kept_json_would(source, tmp_path):
     content = json.loads(GGUFReader(target).get_field("moeits.kept").contents())
     assert content["layers"] == {str(layer): ids for layer, ids in KEPT.items()}
     assert content["num_experts"] == {"0": 8, "1": 8, "2": 8}
+
+
+def test_make_interop_compares_with_the_interpreter_that_it_builds():
+    dry = subprocess.run(
+        ["make", "-n", "interop"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    *_, last = dry.strip().splitlines()
+    script, python = last.split()[-2:]
+    assert (ROOT / script).is_file()
+    assert f"{python} -m pip install" in dry
+    assert "llama-cpp-python" in dry
+
+
+def test_the_comparison_with_llama_cpp_finds_a_difference(tmp_path, monkeypatch):
+    logits = {}
+
+    def run(command, check):
+        assert check
+        target, out, ids = command[3:]
+        assert read_gguf(target).experts == 3
+        assert len(json.loads(ids)) == 9
+        np.save(out, logits["llama.cpp"])
+
+    monkeypatch.setattr(llama_cpp_logits.subprocess, "run", run)
+    model = prune_model(small("mixtral"), KEPT)
+    with torch.no_grad():
+        expected = model(tokens(batch=1)).logits[0].numpy()
+    for shift in (0.0, 0.5):
+        logits["llama.cpp"] = expected + shift * expected.std()
+        (tmp_path / str(shift)).mkdir()
+        found = llama_cpp_logits.difference("python", "mixtral", "F32", tmp_path / str(shift))
+        assert found == pytest.approx(shift, abs=1e-4)
