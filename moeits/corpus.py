@@ -62,18 +62,7 @@ class Document:
 
 
 def runs(text: str) -> set[str]:
-    """Every run of 13 words in a text, case and punctuation aside.
-
-    Parameters
-    ----------
-    text : str
-        Any text; one of fewer words has no runs.
-
-    Returns
-    -------
-    set of str
-        The runs, words joined by spaces.
-    """
+    """Every run of 13 words in a text, joined by spaces, case and punctuation aside."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
 

@@ -151,8 +151,8 @@ def removal(R: np.ndarray, left: Sequence[int], may_go: np.ndarray | None = None
     """
     may_go = np.ones(len(R), dtype=bool) if may_go is None else may_go
     free = may_go[left]
-    counts = np.triu(free[:, None] | free, 1)
-    largest = int(np.where(counts, R[np.ix_(left, left)], -np.inf).argmax())
+    allowed = np.triu(free[:, None] | free, 1)
+    largest = int(np.where(allowed, R[np.ix_(left, left)], -np.inf).argmax())
     i, j = (left[place] for place in divmod(largest, len(left)))
     means = tuple(math.fsum(R[e, k] for k in left if k != e) / (len(left) - 1) for e in (i, j))
     first = may_go[i] and (means[0] > means[1] or not may_go[j])

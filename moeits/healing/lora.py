@@ -41,19 +41,10 @@ _ATTENTION = re.compile(r"(^|[._])(self_)?attn|attention")
 
 
 def targets(preset: str, model_type: str) -> tuple[str, ...]:
-    """Parts of the model that a preset adapts.
+    """Parts of the model, of :data:`PARTS`, that a preset adapts.
 
-    Parameters
-    ----------
-    preset : {"paper", "official"}
-        What section 5.2 of the paper says, or what the authors' code does.
-    model_type : str
-        ``config.model_type``; the authors' code adapts the router of qwen2_moe only.
-
-    Returns
-    -------
-    tuple of str
-        Of :data:`PARTS`.
+    "paper" is what section 5.2 of the paper says, "official" what the authors' code does, which adapts the
+    router of the ``model_type`` qwen2_moe only.
     """
     if preset == "paper":
         return ("experts", "router")
@@ -139,15 +130,9 @@ class Adapted(nn.Module):
 def spread_experts(adapted: Adapted, device: torch.device) -> Iterator[None]:
     """Spread the experts' frozen weights over the processes of a launch; all else is on each of them.
 
-    Each process gathers the experts of a layer while it computes them (FSDP of torch). Gradients of the
-    adapters are averaged over the processes.
-
-    Parameters
-    ----------
-    adapted : Adapted
-        On the CPU, where it is again in the end, each process with all its weights.
-    device : torch.device
-        Of this process.
+    Each process gathers the experts of a layer on its `device` while it computes them (FSDP of torch).
+    Gradients of the adapters are averaged over the processes. The model is on the CPU before and after, each
+    process with all its weights.
     """
     from torch.distributed import get_world_size, init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -273,21 +258,11 @@ def _check_adapted(decoder: nn.Module, wanted: Mapping[str, Sequence[str]], rank
 
 
 def examples(tokenizer: "PreTrainedTokenizerBase", recipe: Recipe) -> list[Tensor]:
-    """Token sequences to train on.
+    """Token sequences to train on, each of int64, shape (T,): at most as many as the recipe's steps take.
 
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizerBase
-        The model's.
-    recipe : Recipe
-        ``data``, ``max_tokens`` and, through steps and batch size, how many are needed at most.
-
-    Returns
-    -------
-    list of Tensor of int64, shape (T,)
-        From ``"packaged"`` the healing part of the packaged text (:mod:`moeits.corpus`), or from a file of
-        plain text, in blocks of ``max_tokens``; from a dataset of conversations its first two turns as
-        instruction and response.
+    From ``"packaged"`` the healing part of the packaged text (:mod:`moeits.corpus`), or from a file of plain
+    text, in blocks of the recipe's ``max_tokens``; from a dataset of conversations its first two turns as
+    instruction and response.
 
     Raises
     ------
