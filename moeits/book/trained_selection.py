@@ -82,6 +82,8 @@ def own_count_figure(records: Iterable[Record]) -> tuple[Figure, pd.DataFrame]:
     rows = []
     for record in records:
         kind, _, seed = record.inputs["model"].rpartition("-")
+        if "own" not in record.details["budgets"]:
+            continue
         told, size = record.details["budgets"]["own"], sum(record.details["bytes"])
         base = sum(record.details["unpruned"])
         drawn = {

@@ -35,6 +35,9 @@ CRITERIA = (
 """Criteria of `moeits.criteria` that are compared with MoEITS at half of the experts."""
 
 
+_BUDGETS = ("own", "half")
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much is measured of each training.
@@ -153,15 +156,14 @@ def trial(
         model, gather(model, blocks), probe=gather(model, random_tokens(model, sizes.calibration, seed=seed))
     )
     kept = {
-        "own": {"moeits": own},
-        "half": {
-            "moeits": [list(select_experts(R, n_keep=experts // 2).kept) for R in redundancy],
-        }
+        "half": {"moeits": [list(select_experts(R, n_keep=experts // 2).kept) for R in redundancy]}
         | {
             method: [list(one) for one in criteria.select(method, described, n_keep=experts // 2).values()]
             for method in CRITERIA
         },
     }
+    if slices:  # the budget that was registered for upcycled experts
+        kept["own"] = {"moeits": own}
     unpruned = anatomy.losses(model, read)
     details: dict[str, Any] = {
         "bytes": read.size.tolist(),
@@ -170,10 +172,10 @@ def trial(
         "budgets": {},
     }
     rows = [_row(name, "unpruned", 1.0, unpruned, read.size)]
-    for number, (budget, methods) in enumerate(kept.items()):
+    for budget, methods in kept.items():
         counts = [len(one) for one in methods["moeits"]]
         share = sum(counts) / (experts * len(counts))
-        random = np.random.default_rng([seed, number])
+        random = np.random.default_rng([seed, _BUDGETS.index(budget)])
         drawn = {"subsets": [random_subset(counts, experts, random) for _ in range(sizes.subsets)]}
         if slices and budget == "own":
             drawn["stratified"] = [
