@@ -198,8 +198,9 @@ def finding(table: pd.DataFrame) -> str:
     copies, others, null = (
         [mean_of(table, kind, f"nmi, {name}") for kind in kinds if kind != "scratch"] for name in NMI_KINDS
     )
+    tells = "tells" if copies and min(copies) > max(others) else "does not tell everywhere"
     descent = (
-        f", and the NMI of weights tells which experts are copies of one slice: it is {min(copies):.2f} or "
+        f", and the NMI of weights {tells} which experts are copies of one slice: it is {min(copies):.2f} or "
         f"more between copies, {max(others):.3f} or less between others, where shuffled weights give up to "
         f"{max(null):.3f}"
         if copies
@@ -327,7 +328,7 @@ def glance_figure(table: pd.DataFrame) -> Figure:
     left.set_ylim(bottom=0)
     right.set(ylabel="NMI of a pair of experts", yscale="log")
     for axis in (left, right):
-        axis.set_xticks(range(len(kinds)), [kind.replace("-", "-\n") for kind in kinds])
+        axis.set_xticks(range(len(kinds)), [kind.replace("-", "-\n") for kind in kinds], fontsize=7)
         axis.set_xlim(-0.5, len(kinds) - 0.5)
     return fig
 
@@ -494,10 +495,10 @@ def passage_figure(record: Record, layer: int = -1) -> tuple[Figure, pd.DataFram
             text = _visible(token)
             if column + len(text) > _LINE:
                 line, column = line + 1, 0
-            rows.append((passage["source"], line, column, text, expert))
+            rows.append((line, column, text, expert))
             line, column = (line + 1, 0) if "\n" in token else (line, column + len(text))
         line += 2
-    data = pd.DataFrame(rows, columns=["source", "line", "column", "token", "expert"])
+    data = pd.DataFrame(rows, columns=["line", "column", "token", "expert"])
     fig, axis = plt.subplots(figsize=(5.6, 0.29 * line))
     for row in data.itertuples():
         box = plt.Rectangle(
@@ -632,7 +633,7 @@ def _heat_maps(
     for (layer, kind), panel in panels.items():
         axis = axes[layers.index(layer), kinds.index(kind)]
         mesh = axis.pcolormesh(panel, rasterized=True, **colours)
-        axis.invert_yaxis()
+        axis.set_ylim(len(panel), 0)  # the axes are shared: inverting each would turn them back
         axis.grid(visible=False)
         axis.set_xticks([])
         axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=6) if rows else axis.set_yticks([])
@@ -640,7 +641,8 @@ def _heat_maps(
             axis.set_title(kind, fontsize=9)
         if kind == kinds[0]:
             axis.set_ylabel(f"layer {layer}", fontsize=8)
-    fig.colorbar(mesh, ax=axes, location="bottom", label=label, shrink=0.6, aspect=35, pad=0.02)
+    bar = fig.colorbar(mesh, ax=axes, location="bottom", label=label, shrink=0.6, aspect=35, pad=0.02)
+    bar.ax.locator_params(nbins=5)
     return fig
 
 

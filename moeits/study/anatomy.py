@@ -768,15 +768,14 @@ def passages(text: corpus.Text) -> Sample:
 
 
 def coloured(model: nn.Module, read: Sample) -> list[dict[str, Any]]:
-    """Tokens of `PASSAGES` as texts, and the likeliest expert of each in every layer (L, tokens)."""
+    """Tokens of documents as texts, and the likeliest expert of each in every layer (L, tokens)."""
     _, found = routes(model, read)
     return [
         {
-            "source": source,
             "tokens": [_decode(token) for token in found.token[found.document == number][1:]],
             "experts": found.first[:, found.document == number][:, 1:].tolist(),
         }
-        for number, source in enumerate(PASSAGES.values())
+        for number in range(len(read.ids))
     ]
 
 
