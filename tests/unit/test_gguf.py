@@ -135,7 +135,7 @@ def test_commands(source, tmp_path):
     assert run("nmi", source, "-o", tmp_path / "nmi.npz", "--n-jobs", "1").exit_code == 0
     kept = tmp_path / "kept.json"
     for which in (tmp_path / "nmi.npz", source):
-        done = run("select", which, "--tau", "1", "--uniform", "-o", kept)
+        done = run("select", which, "--tau", "1", "--uniform", "-o", kept, "--overwrite")
         assert done.exit_code == 0, done.output
         assert len({len(ids) for ids in Kept.read(kept).layers.values()}) == 1
     done = run("prune", source, "--kept", kept, "-o", tmp_path / "uniform.gguf")
