@@ -245,8 +245,9 @@ class Page:
     @cached_property
     def given(self) -> dict[str, Any]:
         """The parameters, checked."""
+        notebook = self.notebook
         try:
-            return check_parameters(self.notebook, self.parameters)
+            return check_parameters(notebook, self.parameters)
         except MoeitsError as error:
             raise MoeitsError(f"notebook {self.name!r}: {error}") from error
 

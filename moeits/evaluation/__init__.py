@@ -147,7 +147,7 @@ def evaluate(
     MissingError
         If the documents cannot be loaded.
     """
-    tasks = tasks or list(TASKS)
+    tasks = list(TASKS) if tasks is None else tasks
     check_tasks(tasks)
     if isinstance(model, str | Path):
         from moeits.machine import devices

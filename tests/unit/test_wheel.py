@@ -93,7 +93,7 @@ def test_the_librarys_commands_work_without_repository_study_and_book(site, tmp_
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 90)
     absent = extras()
-    assert {"matplotlib", "papermill", "pynvml", "gguf"} <= absent
+    assert {"matplotlib", "papermill", "pynvml"} <= absent
     (tmp_path / "blocks").mkdir()
     (tmp_path / "blocks" / "sitecustomize.py").write_text(BLOCK.format(names=absent))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MOEITS_")}
