@@ -118,6 +118,44 @@ def _numbers(text: str) -> list[int]:
 
 @main.command(
     examples=(
+        "moeits ancestry path/to/checkpoint",
+        "moeits ancestry mistralai/Mixtral-8x7B-v0.1 --layers 0,15,31 --align",
+    )
+)
+@click.argument("model")
+@click.option("--layers", help="Decoder layers to measure, such as 0,3,8-11.  [default: all]")
+@click.option("--align", is_flag=True, help="Match the neurons of each pair first; much slower.")
+@click.option("--n-jobs", type=click.IntRange(1), help="Threads for each layer.  [default: all cores]")
+@options.json_option
+def ancestry(model: str, layers: str | None, align: bool, n_jobs: int | None, as_json: bool) -> None:
+    """Group experts into families, and say whether MoEITS has anything to work with.
+
+    Related are experts whose weights share more than shuffled weights do. Where there are families, the
+    threshold keeps about one expert of each, whatever tau is.
+    """
+    from moeits import ancestry as families
+    from moeits.models import checkpoint, hub
+
+    blocks = checkpoint.expert_blocks(hub.find(model), None if layers is None else _numbers(layers))
+    by_layer = {}
+    for layer, block in blocks:
+        by_layer[layer] = one = families.ancestry(block, align=align, n_jobs=n_jobs)
+        if not as_json:
+            kept = ", ".join(f"{count} at tau {tau:g}" for tau, count in one.kept.items())
+            listed = " | ".join(" ".join(map(str, family)) for family in one.families)
+            click.echo(f"layer {layer}: {len(one.families)} families: {listed}; keeps {kept}")
+    if as_json:
+        told = {
+            layer: {"families": one.families, "limit": one.limit, "kept": one.kept}
+            for layer, one in by_layer.items()
+        }
+        options.print_json({"layers": told, "report": families.report(by_layer)})
+    else:
+        click.echo(families.report(by_layer))
+
+
+@main.command(
+    examples=(
         "moeits select nmi.npz --tau 1.25 -o kept.json",
         "moeits select path/to/checkpoint --criterion reap --share 0.5 --text calibration.txt -o kept.json",
     )

@@ -1,10 +1,15 @@
 """Families of experts: found where there are copies, also permuted ones; none among independent experts."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from moeits.ancestry import Ancestry, ancestry, families, report
+from moeits.cli import main
+from moeits.study import trained
 
 
 def block(experts, *, neurons=24, width=16, seed=0):
@@ -73,3 +78,20 @@ def test_the_report_says_whether_the_method_has_anything_to_work_with():
     assert "1 of 2 layers" in told
     assert "(2 a layer)" in told
     assert "In 1 of these layers the method keeps the same number" in told
+
+
+def test_the_command_finds_the_slices_of_an_upcycled_model_and_none_from_scratch():
+    slices = [sorted(range(first, 16, 4)) for first in range(4)]
+    folder = str(trained.find("upcycled-1").folder)
+    run = CliRunner().invoke(main, ["ancestry", folder, "--layers", "0,2", "--n-jobs", "1", "--json"])
+    assert run.exit_code == 0, run.output
+    told = json.loads(run.stdout)
+    assert {layer: sorted(one["families"]) for layer, one in told["layers"].items()} == {
+        "0": slices,
+        "2": slices,
+    }
+    folder = str(trained.find("scratch-1").folder)
+    run = CliRunner().invoke(main, ["ancestry", folder, "--layers", "0", "--n-jobs", "1"])
+    assert run.exit_code == 0, run.output
+    assert "layer 0: 16 families" in run.output
+    assert "No two experts of a layer share more" in run.output
