@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
 # Two processes of one thread each; the tests of a file, and all of the book's, run in one process.
-PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study
