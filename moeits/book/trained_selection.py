@@ -158,9 +158,13 @@ def finding(hypotheses: pd.DataFrame, table: pd.DataFrame) -> str:
         return f"{h['mean'][name]:+.4f} ± {h['error'][name]:.4f} bits per byte"
 
     slices = "equivalent to" if h.verdict["H2"] == "equivalent" else "not shown to be equivalent to"
+    stopped = next((name for name in h.index if not h.tested[name]), None)
+    beyond = (
+        "" if h.tested["H4"] else f", an estimate only, since the registered sequence stops before {stopped}"
+    )
     return (
         f"Among upcycled experts MoEITS keeps {kept:.1f} of 16 a layer by its own rule, and is "
         f"{says[h.verdict['H1']]} of that size ({number('H1')}); it is {slices} any choice of one expert for "
         f"each slice of the parent ({number('H2')}). Among experts trained from scratch, at half, it is "
-        f"{says[h.verdict['H4']]} ({number('H4')})."
+        f"{says[h.verdict['H4']]} ({number('H4')}{beyond})."
     )

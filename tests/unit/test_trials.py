@@ -131,3 +131,16 @@ def test_the_table_of_methods_controls_false_discoveries():
     assert found.discovered.to_dict() == {"upcycled": True, "scratch": False}
     assert isinstance(found, pd.DataFrame)
     assert (found.n == 5).all()
+
+
+def test_the_finding_says_what_the_sequence_did_not_reach():
+    from moeits.book.trained_selection import finding
+
+    stopped = _table(10.0, 14.0, 14.0)
+    told = finding(trials.hypotheses(stopped), stopped)
+    assert "not shown to be equivalent" in told
+    assert "an estimate only, since the registered sequence stops before H3" in told
+    decided = _table(10.0, 10.0, 14.0)
+    told = finding(trials.hypotheses(decided), decided)
+    assert "it is equivalent to any choice of one expert" in told
+    assert "an estimate only" not in told
