@@ -262,7 +262,11 @@ def test_the_metadata_holds_what_kept_json_would(source, tmp_path):
 
 def test_make_interop_compares_with_the_interpreter_that_it_builds():
     dry = subprocess.run(
-        ["make", "-n", "interop"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "--no-print-directory", "interop"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     *_, last = dry.strip().splitlines()
     script, python = last.split()[-2:]
