@@ -70,7 +70,9 @@ def test_it_says_where_the_time_went(smoke):
         "in",
     ]
     assert smoke.said[-1] == f"the book is at {smoke.html / 'index.html'}"
-    assert len([line for line in smoke.said if re.match(r"\[ ?\d+/\d+\]", line)]) == len(smoke.said[:at]) / 2
+    steps = [line for line in smoke.said if re.match(r"\[ ?\d+/\d+\]", line)]
+    times = [line for line in smoke.said[:at] if re.fullmatch(r" +[\d.]+ s", line)]
+    assert len(steps) == len(times) == int(steps[-1].partition("/")[2].partition("]")[0])
 
 
 def test_again_with_nothing_changed_measures_nothing(smoke):
