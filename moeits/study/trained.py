@@ -52,6 +52,8 @@ BRANCHES = (("science",), ("medicine",), ("mathematics", "code"), ("stories", "g
 SLICES, COPIES = 4, 4
 HALF = 592
 """Optimiser steps of a parent: half of the learning-rate curve, 1.2 million tokens."""
+HALF_PASS = 1509
+"""Half of the steps in which the shipped models read the training text once, 6.18 million tokens."""
 
 _BASE = {
     "vocab_size": corpus.VOCABULARY,
@@ -230,8 +232,18 @@ def matched(seed: int, half: int = HALF) -> list[Plan]:
     ]
 
 
-def shipped(half: int = HALF) -> list[Plan]:
-    """Plans of the shipped models, in the form of the paper's, with the dense parents of two of them."""
+def shipped(half: int = HALF_PASS) -> list[Plan]:
+    """Plans of the shipped models, in the form of the paper's, with the dense parents of two of them.
+
+    Parameters
+    ----------
+    half : int, default=HALF_PASS
+        Steps of a parent; a shipped model and its parent together read the text once.
+
+    Returns
+    -------
+    list of Plan
+    """
     curve = Schedule(steps=half)
     first, second = _with(curve, curve=(0, 0.5)), _with(curve, curve=(0.5, 1))
     moe = {"num_experts_per_tok": 4, "moe_intermediate_size": 48}
