@@ -16,14 +16,14 @@ _INK = "#333333"
 def method_diagram() -> tuple[Figure, pd.DataFrame]:
     """Draw measure, select and cut on a layer of six experts, and where healing follows.
 
-    The example is worked, not sketched: the experts that go are what Algorithm 3 removes from the matrix.
+    The example is worked, not sketched: the removed experts are those that Algorithm 3 removes from the matrix.
 
     Returns
     -------
     figure : Figure
         The drawing.
     data : DataFrame
-        The matrix, a row for each pair, and whether its experts stay.
+        The matrix, a row for each pair, and whether both experts are kept.
     """
     R = np.full((6, 6), 0.2)
     for (i, j), value in {(0, 3): 0.9, (1, 4): 0.8, (0, 4): 0.35, (3, 5): 0.4}.items():
@@ -36,12 +36,12 @@ def method_diagram() -> tuple[Figure, pd.DataFrame]:
     _matrix(axis, 40, R, kept)
     _layer(axis, 83, kept, set(range(6)) - set(kept))
     _arrow(axis, 25, 34, "measure\nNMI")
-    _arrow(axis, 71, 80, "select,\ncut")
+    _arrow(axis, 71, 80, "select,\nprune")
     _arrow(axis, 108, 116, "heal")
-    for x, text in ((11, "all experts"), (54, "redundancy of pairs"), (94, "experts that stay")):
+    for x, text in ((11, "all experts"), (54, "redundancy of pairs"), (94, "kept experts")):
         axis.text(x, -4, text, ha="center", fontsize=9)
     pairs = [
-        {"expert": i, "other": j, "nmi": R[i, j], "both_stay": i in kept and j in kept}
+        {"expert": i, "other": j, "nmi": R[i, j], "both_kept": i in kept and j in kept}
         for i in range(6)
         for j in range(i + 1, 6)
     ]
@@ -49,7 +49,7 @@ def method_diagram() -> tuple[Figure, pd.DataFrame]:
 
 
 def _layer(axis: Axes, x: float, experts: object, gone: object) -> None:
-    """Draw a router, the experts that are there and those that are gone, and the sum of their outputs."""
+    """Draw a router, kept and removed experts, and the sum of their outputs."""
     axis.add_patch(Rectangle((x + 4, 2), 14, 6, fc="white", ec=_INK))
     axis.text(x + 11, 5, "router", ha="center", va="center", fontsize=8)
     axis.add_patch(Circle((x + 11, 48), 2.4, fc="white", ec=_INK))

@@ -11,6 +11,6 @@ def test_the_drawing_shows_what_the_algorithm_does():
     R = np.zeros((6, 6))
     for row in pairs.itertuples():
         R[row.expert, row.other] = R[row.other, row.expert] = row.nmi
-    stay = {e for row in pairs[pairs.both_stay].itertuples() for e in (row.expert, row.other)}
+    stay = {e for row in pairs[pairs.both_kept].itertuples() for e in (row.expert, row.other)}
     assert stay == set(select_experts(R, n_keep=len(stay)).kept)
     assert len(stay) == 4
