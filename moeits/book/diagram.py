@@ -14,9 +14,9 @@ _INK = "#333333"
 
 
 def method_diagram() -> tuple[Figure, pd.DataFrame]:
-    """Draw measure, select and cut on a layer of six experts, and where healing follows.
+    """Draw measure, select and prune on a layer of six experts, and where healing follows.
 
-    The example is worked, not sketched: the removed experts are those that Algorithm 3 removes from the matrix.
+    The example is worked, not sketched: Algorithm 3 removes the same experts from the matrix.
 
     Returns
     -------
