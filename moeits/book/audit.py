@@ -173,20 +173,24 @@ def tally(claims: list[Claim]) -> pd.DataFrame:
 
 
 @cache
-def model_sizes(model: str) -> "Sizes":
+def model_sizes(model: str, experts: int | None = None) -> "Sizes":
     """Parameters of one of the paper's models, counted on its empty skeleton.
 
     Parameters
     ----------
     model : str
         Name in ``data/paper/models.yaml``.
+    experts : int, optional
+        Routed experts in every layer; None is as many as the model has.
     """
     from transformers import CONFIG_MAPPING
 
-    from moeits.models.families import sizes
+    from moeits.models.families import count_key, sizes
     from moeits.models.folder import hollow_model
 
     settings = dict(paper.models()[model]["config"])
+    if experts is not None:
+        settings[count_key(settings)] = experts
     config = CONFIG_MAPPING[settings.pop("model_type")](**settings, dtype="bfloat16")
     return sizes(hollow_model(config))
 

@@ -1,11 +1,12 @@
-"""What the histogram estimate of NMI does on seeded weights: the numbers of the demonstrations.
+"""The numbers of the demonstrations: the NMI estimate on seeded weights, and small models to prune.
 
-Arrays only; every function is given its seed and returns a table.
+Every function is given its seed; all but :func:`small_models` work on arrays alone and return a table.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,9 @@ from moeits.histograms import as_float, discretise, joint_entropy
 from moeits.nmi import nmi, nmi_matrix
 from moeits.selection import DIAGONALS, select_experts
 from moeits.study import planted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def summary(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
@@ -215,6 +219,68 @@ def shared_projection(weights: Mapping[str, float] | None, *, seed: int = 0) -> 
             "redundancy": [R[2 * pair, 2 * pair + 1] for pair in range(4)],
         }
     )
+
+
+def top_weights(experts: int, top: int, left: Iterable[int], *, tokens: int, seed: int = 0) -> pd.DataFrame:
+    """Sum the weights of a token's top experts when random experts are removed, for normal logits.
+
+    Parameters
+    ----------
+    experts, top : int
+        Experts of the layer, and experts per token.
+    left : iterable of int
+        Numbers of remaining experts.
+    tokens, seed : int
+        Tokens, and the seed of their logits and of the order of removal.
+
+    Returns
+    -------
+    DataFrame
+        experts_left; sum_of_weights, a mean over the tokens, and sd_over_tokens, without normalisation;
+        normalised; n.
+    """
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((tokens, experts))
+    order = rng.permutation(experts)
+    rows = []
+    for number in left:
+        scores = np.exp(logits[:, order[:number]])
+        scores /= scores.sum(axis=1, keepdims=True)
+        largest = np.sort(scores, axis=1)[:, -top:].sum(axis=1)
+        rows.append((number, largest.mean(), largest.std(ddof=1), 1.0, tokens))
+    return pd.DataFrame(rows, columns=["experts_left", "sum_of_weights", "sd_over_tokens", "normalised", "n"])
+
+
+def small_models(seed: int = 0) -> dict[str, "PreTrainedModel"]:
+    """Random models of three layers and eight experts in the classes of the paper's models.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the weights; torch's global generator is set to it.
+
+    Returns
+    -------
+    dict of str to PreTrainedModel
+        Model type -> model in evaluation mode; a token uses two experts.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    common = dict.fromkeys(
+        ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 32
+    )
+    common |= {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    common |= {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+    deepseek = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": None}
+    deepseek |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    deepseek |= {"num_key_value_heads": 4, "head_dim": 8}
+    own = {"mixtral": {"num_local_experts": 8}, "qwen2_moe": {"num_experts": 8}, "deepseek_v2": deepseek}
+    return {
+        kind: AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common | settings)).eval()
+        for kind, settings in own.items()
+    }
 
 
 def noise_kept(
