@@ -1,0 +1,181 @@
+"""Figures that the reader moves, each one piece of HTML that needs nothing else: no network, no library.
+
+What they look like and do is in ``static``: HTML, CSS and plain JavaScript. Here is what they are given.
+"""
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from IPython.display import display
+
+from moeits.book.figures import COLOURS
+from moeits.histograms import as_float
+from moeits.study.records import Record
+
+PROJECTIONS = ("gate", "up", "down")
+_STATIC = Path(__file__).with_name("static")
+
+
+def show(html: str, instead: str) -> None:
+    """Show a live figure; a printed book says what stands `instead`."""
+    display({"text/html": html, "text/plain": instead}, raw=True)
+
+
+def trained_layer(name: str, layer: int, neurons: int) -> dict[str, Any]:
+    """Read a part of a trained model's layer, rounded to 8 bits a weight.
+
+    Parameters
+    ----------
+    name : str
+        A trained model of 16 experts, such as ``"upcycled-1"``.
+    layer : int
+        Its decoder layer.
+    neurons : int
+        Hidden neurons of each expert that are taken: the first ones, with all their weights.
+
+    Returns
+    -------
+    dict
+        ``names``, the number of each expert; ``families``, a letter for the slice of the parent that it
+        began as, or None from scratch: copies stand side by side; ``codes``, int8 of shape (3, E, neurons,
+        width), for gate, up and the transpose of down; ``steps`` of shape (3, E): a weight is its code times
+        its matrix's step, of which the largest weight has 127.
+    """
+    from moeits.models.checkpoint import expert_blocks
+    from moeits.study import trained
+
+    ((_, block),) = expert_blocks(trained.find(name).folder, [layer])
+    slices = 1 if name.startswith("scratch") else trained.SLICES  # expert e is a copy of slice e % slices
+    names = sorted(range(block.num_experts), key=lambda expert: expert % slices)
+    weights = np.stack(
+        [
+            [as_float(block[part][e].T if part == "down" else block[part][e])[:neurons] for e in names]
+            for part in PROJECTIONS
+        ]
+    ).astype(np.float64)
+    steps = np.abs(weights).max(axis=(2, 3)) / 127
+    return {
+        "names": names,
+        "families": None if slices == 1 else ["ABCDEFGH"[expert % slices] for expert in names],
+        "codes": np.round(weights / steps[..., None, None]).astype(np.int8),
+        "steps": steps,
+    }
+
+
+def as_block(layer: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Weights of :func:`trained_layer` as :func:`moeits.nmi.nmi_matrix` takes them."""
+    weights = layer["codes"] * layer["steps"][..., None, None]
+    return dict(zip(PROJECTIONS, weights, strict=True))
+
+
+def laboratory(layers: Mapping[str, Mapping[str, Any]], *, name: str = "laboratory") -> str:
+    """Write the NMI laboratory: the page measures R anew as the reader changes weights and settings.
+
+    Parameters
+    ----------
+    layers : mapping of str to mapping
+        Title -> :func:`trained_layer`; all of equal shape.
+    name : str
+        Id of the element, unique on its page.
+
+    Returns
+    -------
+    str
+        HTML.
+    """
+    shown = [
+        {
+            "title": title,
+            "names": layer["names"],
+            "families": layer["families"],
+            "codes": b64encode(layer["codes"].tobytes()).decode(),
+            "steps": layer["steps"].tolist(),
+        }
+        for title, layer in layers.items()
+    ]
+    first = next(iter(layers.values()))
+    colours = mpl.colormaps["cividis"].resampled(64)
+    data = {
+        "layers": shown,
+        "neurons": first["codes"].shape[2],
+        "width": first["codes"].shape[3],
+        "families": max(len(set(layer["families"] or "-")) for layer in layers.values()),
+        "colours": [mpl.colors.to_hex(colours(k)) for k in range(64)],
+    }
+    return _element(name, "laboratory", data, ("nmi", "laboratory"))
+
+
+def budgets(records: Iterable[Record], domains: Iterable[str], *, name: str = "budget") -> str:
+    """Write the slider over the number of kept experts, with what each budget was measured to cost.
+
+    Parameters
+    ----------
+    records : iterable of Record
+        Of the step ``"selection"``; all their budgets are drawn.
+    domains : iterable of str
+        Names of the domains, in the order of their numbers.
+    name : str
+        Id of the element, unique on its page.
+
+    Returns
+    -------
+    str
+        HTML.
+    """
+    domains = list(domains)
+    models = [_measured(record, len(domains)) for record in records]
+    models.sort(key=lambda model: model["title"])
+    return _element(name, "budget", {"rows": ["all text", *domains], "models": models}, ("budget",))
+
+
+def _measured(record: Record, domains: int) -> dict[str, Any]:
+    """Bits per byte of one training: of all text, then of each domain."""
+    details = record.details
+    size, domain = np.array(details["bytes"]), np.array(details["domain"])
+    masks = [np.ones(len(size), dtype=bool), *(domain == d for d in range(domains))]
+
+    def per_byte(bits: list[float]) -> list[float]:
+        bits = np.array(bits)
+        return [round(float(bits[mask].sum() / size[mask].sum()), 5) for mask in masks]
+
+    budgets = sorted(details["budgets"].items(), key=lambda item: sum(item[1]["counts"]))
+    share = {row["method"]: row["kept_share"] for row in record.rows}
+    experts = {round(np.mean(told["counts"]) / share[f"moeits, {name}"]) for name, told in budgets}
+    found = [
+        {
+            "kept": f"{np.mean(told['counts']):g}",
+            "moeits": per_byte(told["methods"]["moeits"]["bits"]),
+            "random": per_byte(told["mean of subsets"]),
+            "slices": per_byte(told["mean of stratified"]) if "mean of stratified" in told else None,
+            "cloud": [round(bits / size.sum(), 5) for bits in told["subsets"]],
+        }
+        for _, told in budgets
+    ]
+    return {
+        "title": record.inputs["model"],
+        "experts": experts.pop(),
+        "unpruned": per_byte(details["unpruned"]),
+        "budgets": found,
+    }
+
+
+def _element(name: str, kind: str, data: Mapping[str, Any], scripts: Iterable[str]) -> str:
+    style = (_STATIC / "live.css").read_text(encoding="utf-8").replace("COLOUR", COLOURS[1])
+    body = (_STATIC / f"{kind}.html").read_text(encoding="utf-8").replace("NAME", name)
+    script = "\n".join((_STATIC / f"{part}.js").read_text(encoding="utf-8") for part in scripts)
+    held = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    return f"""<div id="{name}" class="moeits-live">
+<style>{style}</style>
+{body}
+<script type="application/json">{held}</script>
+<script>(() => {{
+const root = document.getElementById("{name}");
+const data = JSON.parse(root.querySelector("script[type='application/json']").textContent);
+{script}
+}})();</script>
+</div>"""
