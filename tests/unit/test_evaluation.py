@@ -18,9 +18,9 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moeits import evaluation
+from moeits import corpus, evaluation
 from moeits.cli import main
-from moeits.evaluation import TASKS, baselines, evaluate, perplexity, summarise
+from moeits.evaluation import TASKS, baselines, evaluate, heldout, perplexity, summarise
 from moeits.evaluation.statistics import compare, mcnemar, ratio, verdict
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -68,7 +68,7 @@ def few(monkeypatch):
     packaged = evaluation._packaged
 
     def first(folder, process):
-        return {"validation": evaluation._Documents(packaged(folder, process)["validation"][:17])}
+        return evaluation._Documents(packaged(folder, process)[:17])
 
     monkeypatch.setattr(evaluation, "_packaged", first)
 
@@ -483,3 +483,26 @@ def test_command(model, tokenizer, tmp_path):
 )
 def test_the_one_verdict(difference, stderr, options, expected):
     assert verdict(difference, stderr, **options) == expected
+
+
+@pytest.mark.parametrize("task", heldout.WORDS)
+def test_the_right_answer_is_how_a_held_out_document_goes_on(task, monkeypatch):
+    texts = [" ".join(f"w{number}.{i}" for i in range(20 * number)) for number in range(1, 7)]
+    documents = [corpus.Document("DROP", "general", text, text) for text in texts]
+    monkeypatch.setattr(corpus, "documents", {"heldout": documents}.get)
+    found = heldout.questions(task)
+    length = heldout.WORDS[task]
+    assert len(found) == 5  # the first text is too short
+    for question, text in zip(found, texts[1:], strict=True):
+        words = text.split()
+        assert question["context"].split() == words[:-length][-80:]
+        assert question["choices"][question["gold"]].split() == words[-length:]
+        assert len(set(question["choices"])) == 4
+        assert all(any(wrong in other for other in texts) for wrong in question["choices"])
+
+
+def test_a_model_is_scored_on_held_out_text(model, tokenizer):
+    items = evaluate(model, tokenizer, ["last_word", "ending"], limit=3)
+    assert items.task.tolist() == ["last_word"] * 3 + ["ending"] * 3
+    assert items.n_choices.eq(4).all()
+    assert items.acc.equals((items.choice == items.gold).astype(int))
