@@ -135,9 +135,13 @@ def demands(profile: Profile, machine: Machine) -> list[Demand]:
     MoeitsError
         If a model has yet to be made, so that there is no configuration to count on.
     """
-    questions = sum(_tokens(task, profile) for task in profile.tasks)
     costs = {
-        name: _Costs(profile, _config(settings), machine, questions)
+        name: _Costs(
+            profile,
+            _config(settings),
+            machine,
+            sum(_tokens(task, profile) for task in settings.tasks or profile.tasks),
+        )
         for name, settings in profile.models.items()
     }
     found = []
@@ -326,9 +330,13 @@ def _config(settings: ModelSettings) -> "PreTrainedConfig":
     kind, _, rest = settings.source.partition(":")
     if kind == "miniature":
         raise MoeitsError(
-            f"{settings.title} is made by the run itself, so there is nothing to count on yet; a profile of "
-            "laptop models takes about half an hour on two cores"
+            f"{settings.title} is made by the run itself, so there is nothing to count on yet; the laptop "
+            "profile takes about ten minutes on two cores"
         )
+    if kind == "trained":
+        from moeits.study import trained
+
+        return read_config(trained.finished_folder(rest))
     if kind == "hub":
         for model in paper.models().values():
             if model["checkpoint"] == rest:

@@ -447,6 +447,7 @@ def restore(
     original: Callable[[], "PreTrainedModel"] | None = None,
     refit_text: str | Path = "calibration",
     refit_tokens: int = 16_384,
+    refit_length: int = 512,
     recipe: Recipe | None = None,
     progress: bool = False,
     shard: bool = False,
@@ -461,8 +462,8 @@ def restore(
         Loads the whole model, to whose layers the down projections are refitted first.
     refit_text : str or Path, default="calibration"
         Text for that, see :func:`moeits.corpus.blocks`.
-    refit_tokens : int, default=16384
-        Tokens of it to use.
+    refit_tokens, refit_length : int, default=16384, 512
+        Tokens of it to use, and tokens in one block.
     recipe : Recipe, optional
         Settings of the training that follows.
 
@@ -482,10 +483,10 @@ def restore(
     report: dict[str, dict[str, Any]] = {}
     if original is not None:
         start = time.perf_counter()
-        blocks = torch.from_numpy(corpus.blocks(refit_text, tokenizer, tokens=refit_tokens))
-        layers = [vars(error) for error in refit_model(model, original(), blocks)]
+        blocks = corpus.blocks(refit_text, tokenizer, length=refit_length, tokens=refit_tokens)
+        layers = [vars(error) for error in refit_model(model, original(), torch.from_numpy(blocks))]
         seconds = time.perf_counter() - start
-        report["refit"] = {"tokens": blocks.numel(), "seconds": seconds, "layers": layers}
+        report["refit"] = {"tokens": blocks.size, "seconds": seconds, "layers": layers}
     if recipe is not None:
         start = time.perf_counter()
         healed = heal_model(model, tokenizer, recipe, work, progress=progress, shard=shard)

@@ -242,7 +242,7 @@ class Comparison:
     @by_value
     def counts(self) -> dict[int, int]:
         """Experts that MoEITS keeps in each layer at the model's own tau."""
-        tau = self.profile.model(self.name).tau
+        tau = self.study.settings.tau
         return {layer: len(chosen.kept) for layer, chosen in self.study.selections(tau).items()}
 
     @cached_property
@@ -253,6 +253,7 @@ class Comparison:
             "dtype": str(dtype).removeprefix("torch."),
             "batch_size": self.profile.batch_size,
             "seed": self.profile.seed,
+            "context": self.profile.context,
         }
 
     @by_value
@@ -276,9 +277,11 @@ class Comparison:
 
         model, tokens = self.study.load(), self.profile.calibration_tokens
         if text == "random":
-            blocks = random_tokens(model, tokens, seed=self.profile.seed)
+            blocks = random_tokens(
+                model, tokens, length=self.profile.context, seed=self.profile.seed
+            )
         else:
-            blocks = corpus.blocks(text, self._tokenizer, tokens=tokens)
+            blocks = corpus.blocks(text, self._tokenizer, length=self.profile.context, tokens=tokens)
         found = gather(model, blocks, batch_size=self.profile.batch_size)
         write_statistics(self._statistics_file(text), found, dict(self._statistics(text).inputs))
         even = {str(number): evenness(known.gates) for number, known in found.items()}
@@ -421,7 +424,7 @@ class Comparison:
             "way": way,
             "recipe": profile.healing.model_dump() if way and "lora" in way and profile.healing else None,
             "refit_tokens": profile.refit_tokens if way and "refit" in way else None,
-            "tasks": profile.tasks,
+            "tasks": self.study.tasks,
             "questions": profile.questions,
             "shots": profile.shots,
             "documents": profile.documents,
@@ -516,7 +519,7 @@ class Comparison:
         items = evaluation.evaluate(
             model,
             self._tokenizer,
-            profile.tasks,
+            self.study.tasks,
             shots=profile.shots,
             limit=profile.questions,
             batch_size=profile.batch_size,
@@ -559,7 +562,9 @@ class Comparison:
         """Negative log-likelihood, predicted tokens and their bytes of every block of the held-out text."""
         from moeits import corpus
 
-        blocks = corpus.blocks("heldout", self._tokenizer, tokens=self.profile.heldout_tokens)
+        blocks = corpus.blocks(
+            "heldout", self._tokenizer, length=self.profile.context, tokens=self.profile.heldout_tokens
+        )
         texts = [self._tokenizer.decode(block[1:], clean_up_tokenization_spaces=False) for block in blocks]
         return {
             "nats": evaluation.log_losses(model, blocks).tolist(),

@@ -24,14 +24,11 @@ from moeits.machine.spread import unordered
 from moeits.selection import Selection, select_layers
 from moeits.study import records
 from moeits.study.measurement import Measurement
-from moeits.study.profiles import HEALINGS, Profile, Protocol
+from moeits.study.profiles import HEALINGS, ModelSettings, Profile, Protocol
 from moeits.study.records import Record
 
 if TYPE_CHECKING:
     from torch import nn
-
-DENSE = "dense"
-
 
 @dataclass(frozen=True)
 class Study:
@@ -42,15 +39,19 @@ class Study:
     profile : Profile
         The settings.
     name : str
-        Name of one of the profile's models, or ``"dense"`` for the profile's baseline.
+        Name of one of the profile's models.
     """
 
     profile: Profile
     name: str
 
     def __post_init__(self) -> None:
-        if self.name != DENSE:
-            self.profile.model(self.name)
+        self.profile.model(self.name)
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The model's part of the profile."""
+        return self.profile.model(self.name)
 
     @property
     def records(self) -> Path:
@@ -60,17 +61,22 @@ class Study:
     @property
     def source(self) -> str:
         """Where the checkpoint comes from, as the profile says it."""
-        if self.name == DENSE:
-            if self.profile.baseline is None:
-                raise MoeitsError(f"profile {self.profile.name!r} has no dense baseline")
-            return self.profile.baseline
-        return self.profile.model(self.name).source
+        return self.settings.source
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that the model is asked."""
+        return self.settings.tasks or self.profile.tasks
 
     @cached_property
     @by_value
     def folder(self) -> Path:
-        """Folder of the whole model's checkpoint: built, downloaded or as given."""
+        """Folder of the unpruned checkpoint: built, downloaded or as given."""
         kind, _, rest = self.source.partition(":")
+        if kind == "trained":
+            from moeits.study import trained
+
+            return trained.finished_folder(rest)
         if kind == "miniature":
             code = code_digest("moeits.study.miniature:build")
             key = digest([self.checkpoint, code, versions()])
@@ -85,7 +91,7 @@ class Study:
         if kind == "hub":
             from moeits.models import hub
 
-            return hub.download(rest, self.profile.model(self.name).revision)
+            return hub.download(rest, self.settings.revision)
         return Path(self.source).expanduser()
 
     @property
@@ -95,12 +101,12 @@ class Study:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the maker of a laptop model says of it: layout, shares, perplexities."""
+        """What the maker of a split model says of it: layout, shares, perplexities."""
         return json.loads((self.folder / "miniature.json").read_text())
 
     @property
     def checkpoint(self) -> str | dict[str, Any]:
-        """What a laptop model is made of, the same on every machine; of others the fingerprint."""
+        """What a split model is made of, the same on every machine; of others the fingerprint."""
         kind, _, rest = self.source.partition(":")
         if kind != "miniature":
             return self.fingerprint
@@ -237,7 +243,7 @@ class Study:
     @property
     def protocol_states(self) -> list[tuple[float | None, str | None]]:
         """Tau and way to heal of the models that other protocols score: whole, pruned, healed by LoRA."""
-        own = self.profile.model(self.name).tau
+        own = self.settings.tau
         return [(None, None), (own, None), *([(own, "lora")] if (own, "lora") in self.healings else [])]
 
     def _recipe(self, way: str, seed: int) -> Recipe | None:
@@ -260,6 +266,7 @@ class Study:
             "way": way,
             "recipe": recipe and recipe.model_dump(),
             "refit_tokens": self.profile.refit_tokens if "refit" in way else None,
+            "context": self.profile.context,
         }
         return self.measurement("healing", inputs, partial(self._heal, tau, way, seed))
 
@@ -295,6 +302,7 @@ class Study:
             work,
             original=self.load if "refit" in way else None,
             refit_tokens=self.profile.refit_tokens,
+            refit_length=self.profile.context,
             recipe=self._recipe(way, seed),
             progress=True,
         )
@@ -319,7 +327,7 @@ class Study:
         """Record of what the model costs at its own tau: memory, bytes, speed, energy, by variant."""
         from moeits.study.cost import VARIANTS
 
-        kept = self._kept(self.profile.model(self.name).tau)
+        kept = self._kept(self.settings.tau)
         inputs = self._place | {
             "kept": _as_json(kept),
             "variants": [name for name in VARIANTS if name != "int8" or self._place["device"] == "cpu"],
@@ -343,7 +351,7 @@ class Study:
             records.row(
                 model=self.name,
                 method=costs["variant"],
-                tau=self.profile.model(self.name).tau,
+                tau=self.settings.tau,
                 metric=metric,
                 value=costs[metric],
                 unit=unit,
@@ -380,12 +388,14 @@ class Study:
     @property
     def taus(self) -> list[float]:
         """The profile's taus and the model's own, largest first."""
-        return sorted({*self.profile.tau_grid, self.profile.model(self.name).tau}, reverse=True)
+        grid = self.profile.tau_grid if self.settings.tau_grid is None else self.settings.tau_grid
+        return sorted({*grid, self.settings.tau}, reverse=True)
 
     @property
     def ablation_taus(self) -> list[float]:
         """The taus of ``moeits ablate``, largest first."""
-        return sorted({*self.taus, *self.profile.ablation_taus}, reverse=True)
+        more = [] if self.settings.tau_grid is not None else self.profile.ablation_taus
+        return sorted({*self.taus, *more}, reverse=True)
 
     def curve(self) -> list[Record]:
         """Measure the whole model and then every tau, as :meth:`scores` does.
@@ -460,7 +470,7 @@ class Study:
 
     def _questions(self, tau: float | None) -> int | None:
         """Questions per benchmark: more where the model's page compares."""
-        at_page = self.name == DENSE or tau in (None, self.profile.model(self.name).tau)
+        at_page = tau in (None, self.settings.tau)
         return (self.profile.questions_at_page_tau if at_page else None) or self.profile.questions
 
     @by_value
@@ -486,11 +496,12 @@ class Study:
             "method": method or way or ("whole" if tau is None else "moeits"),
             "tau": tau,
             "kept": kept and _as_json(kept),
-            "tasks": profile.tasks if tasks is None else tasks,
+            "tasks": self.tasks if tasks is None else tasks,
             "questions": profile.questions if protocol else self._questions(tau),
             "shots": protocol.shots if protocol else profile.shots,
             "documents": profile.documents,
             "heldout_tokens": None if protocol else profile.heldout_tokens,
+            "context": profile.context,
             **({"chat_template": protocol.chat_template} if protocol else {}),
         }
         on, load = {}, partial(self._pruned, kept)
@@ -519,9 +530,11 @@ class Study:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         rows, details = [], {}
         if inputs["heldout_tokens"] is not None:
-            blocks = corpus.blocks("heldout", tokenizer, tokens=inputs["heldout_tokens"])
+            blocks = corpus.blocks(
+                "heldout", tokenizer, length=inputs["context"], tokens=inputs["heldout_tokens"]
+            )
             text = evaluation.perplexity(model, blocks, batch_size=inputs["batch_size"])
-            rows = _size_rows(model, dense=self.name == DENSE)
+            rows = _size_rows(model)
             perplexity = {"metric": "perplexity", "unit": "1", "higher_is_better": False}
             rows.append({"task": "heldout", **perplexity, **text})
         if inputs["tasks"]:
@@ -548,21 +561,17 @@ def _as_json(kept: Mapping[int, Iterable[int]]) -> dict[str, list[int]]:
     return {str(layer): list(ids) for layer, ids in kept.items()}
 
 
-def _size_rows(model: "nn.Module", *, dense: bool) -> list[dict[str, Any]]:
-    if dense:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        found = {"parameters": total, "active parameters": total}
-    else:
-        from moeits.models.families import sizes
+def _size_rows(model: "nn.Module") -> list[dict[str, Any]]:
+    from moeits.models.families import sizes
 
-        size = sizes(model)
-        found = {
-            "parameters": size.total,
-            "routed-expert parameters": size.routed,
-            "active parameters": size.active,
-            "bytes": size.bytes,
-            "routed experts": sum(size.experts.values()),
-        }
+    size = sizes(model)
+    found = {
+        "parameters": size.total,
+        "routed-expert parameters": size.routed,
+        "active parameters": size.active,
+        "bytes": size.bytes,
+        "routed experts": sum(size.experts.values()),
+    }
     return [
         {"metric": "size", "variant": variant, "value": value, "unit": "bytes" if variant == "bytes" else "1"}
         for variant, value in found.items()
@@ -592,17 +601,15 @@ def steps(profile: Profile, only: str | None = None) -> Iterator[Step]:
     profile : Profile
         The settings.
     only : str, optional
-        One model of the profile; all, and the dense baseline, without it.
+        One model of the profile; all by default.
     """
-    chosen = [only] if only else [*([DENSE] if profile.baseline else []), *profile.models]
-    studies = [Study(profile, name) for name in chosen]
+    studies = [Study(profile, name) for name in ([only] if only else profile.models)]
     for study in studies:
         yield Step(
             "models", f"{study.name}: checkpoint", lambda study=study: study.folder, study.name, phase=0
         )
     for study in studies:
-        if study.name != DENSE:
-            yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi, study.name, phase=1)
+        yield Step("NMI", f"{study.name}: NMI", lambda study=study: study.nmi, study.name, phase=1)
     for study in studies:
         yield from _study_steps(study)
 
@@ -611,9 +618,7 @@ def _study_steps(study: Study) -> Iterator[Step]:
     """List what is measured of one model after its NMI."""
     name = study.name
     yield Step("scores", f"{name}: whole model", study.scores, name)
-    if name == DENSE:
-        return
-    own = study.profile.model(name).tau
+    own = study.settings.tau
     for tau in study.taus:
         yield Step("scores", f"{name}: tau = {tau:g}", partial(study.scores, tau), name)
     yield Step("controls", f"{name}: random experts", partial(study.controls, own), name)

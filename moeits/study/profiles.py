@@ -30,24 +30,29 @@ class ModelSettings(Strict):
     Attributes
     ----------
     source : str
-        ``miniature:NAME`` (built here), ``hub:OWNER/NAME`` (downloaded) or a folder.
+        ``trained:NAME`` (a model of ``data/models``), ``miniature:NAME`` (built here), ``hub:OWNER/NAME``
+        (downloaded) or a folder.
     title : str
         The model's name in prose.
     like : str
         The paper's model that it is, or stands for.
     page : str
-        The page of the book that shows it: ``prune-mixtral``, ``prune-qwen`` or ``prune-deepseek``.
+        The page of the book that shows it, such as ``prune-mixtral``.
     tau : float
         The tau that its page shows.
+    tau_grid, tasks : list, optional
+        Taus and tasks of this model; the profile's by default.
     revision : str, optional
         Revision on the hub; without it that of the first download (:func:`moeits.models.hub.download`).
     """
 
-    source: str = Field(pattern=r"^(miniature:.+|hub:[^/]+/[^/]+|[./~].*)$")
+    source: str = Field(pattern=r"^((miniature|trained):.+|hub:[^/]+/[^/]+|[./~].*)$")
     title: str
     like: str
-    page: Literal["prune-mixtral", "prune-qwen", "prune-deepseek"]
+    page: Literal["prune-mixtral", "prune-qwen", "prune-deepseek", "prune-smol-qwen"]
     tau: Tau
+    tau_grid: list[Tau] | None = None
+    tasks: list[str] | None = Field(default=None, min_length=1)
     revision: str | None = None
 
 
@@ -79,22 +84,20 @@ class Profile(Strict):
         ``smoke``, ``laptop`` or ``paper``.
     models : dict
         Name of the model -> its settings.
-    baseline : str, optional
-        The dense model that the laptop models were carved from: ``miniature:dense``.
     carving_tokens : int
-        Tokens of calibration text that laptop models are carved with.
+        Tokens of calibration text that models are carved with from a dense one.
     carving_layers : int, optional
-        First decoder layers of the dense model that laptop models are carved from; all by default.
+        First decoder layers of the dense model that they are carved from; all by default.
     preset : {"paper", "official"}
         Weights of the projections and diagonal, see :data:`moeits.nmi.PRESETS`.
     tau_grid : list of float
         The taus at which every model is measured (Figure 2).
     tasks : list of str
-        Benchmarks, by lm-eval's names.
+        Keys of :data:`moeits.evaluation.KNOWN`.
     questions : int, optional
         Questions per benchmark, the same fixed sample for every model; None is all of them.
     questions_at_page_tau : int, optional
-        Questions per benchmark for the dense and the whole model and at each model's own tau; at least
+        Questions per benchmark for the unpruned model and at each model's own tau; at least
         `questions`, whose sample they contain.
     shots : int
         Examples in the prompt.
@@ -118,6 +121,8 @@ class Profile(Strict):
         Tokens of calibration text for the methods that need some.
     heldout_tokens : int, optional
         Tokens of held-out text for the perplexity; None is all.
+    context : int
+        Tokens in one block of text, held-out or calibration.
     healing : Recipe, optional
         How pruned models are trained again; without it no model is.
     healed : dict of str to dict of float to list of str
@@ -149,7 +154,6 @@ class Profile(Strict):
 
     name: str
     models: dict[str, ModelSettings] = Field(min_length=1)
-    baseline: str | None = None
     carving_tokens: int = Field(default=32_768, ge=512)
     carving_layers: int | None = Field(default=None, ge=1)
     preset: Literal["paper", "official"] = "paper"
@@ -167,6 +171,7 @@ class Profile(Strict):
     rival_healings: list[Healing] = Field(default_factory=list)
     calibration_tokens: int = Field(default=8192, ge=512)
     heldout_tokens: int | None = Field(default=None, ge=512)
+    context: int = Field(default=512, ge=32)
     healing: Recipe | None = None
     healed: dict[str, dict[Tau, list[Healing]]] = Field(default_factory=dict)
     ablation_taus: list[Tau] = Field(default_factory=list)

@@ -148,9 +148,9 @@ def summary(folder: Path, profile: Profile) -> pd.DataFrame:
     """
     rows = records.frame(records.load(folder, "scores"))
     lines = []
-    for name in ["dense", *profile.models]:
+    for name, settings in profile.models.items():
         part = rows[rows.model == name]
-        own = None if name == "dense" else profile.model(name).tau
+        own = settings.tau
         shown = part[part.tau.isna() | (part.tau == own)]
         for method, state in _STATES.items():
             chosen = shown[
@@ -167,8 +167,8 @@ def summary(folder: Path, profile: Profile) -> pd.DataFrame:
             }
             line = {
                 "model": name,
-                "state": "dense" if name == "dense" else state.format(tau=own, draws=len(perplexity)),
-                "kept": None if name == "dense" else chosen.kept_share.iloc[0],
+                "state": state.format(tau=own, draws=len(perplexity)),
+                "kept": chosen.kept_share.iloc[0],
             }
             for measure, values in found.items():
                 line[measure] = values.value.astype(float).mean()
@@ -207,7 +207,7 @@ def results_table(reference: Path = REFERENCE) -> str:
         cells = [
             line["model"] if line["model"] != before else "",
             line["state"],
-            "" if pd.isna(line["kept"]) else f"{line['kept']:.1%}",
+            f"{line['kept']:.1%}",
             with_error(line["perplexity"], line["perplexity stderr"], ".1f"),
             with_error(line["bits per byte"], line["bits per byte stderr"], ".3f"),
             with_error(line["acc"], line["acc stderr"], ".3f"),

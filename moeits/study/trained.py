@@ -325,10 +325,21 @@ def load(name: str) -> PreTrainedModel:
     MissingError
         If the model has not been trained.
     """
+    return AutoModelForCausalLM.from_pretrained(finished_folder(name), dtype=torch.float32).eval()
+
+
+def finished_folder(name: str) -> Path:
+    """Folder of a finished model.
+
+    Raises
+    ------
+    MissingError
+        If the model has not been trained.
+    """
     folder = find(name).folder
     if not (folder / FACTS).exists():
         raise MissingError(f"the model {name} has not been trained: run `make train MODEL={name}`")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return folder
 
 
 def history(name: str) -> dict[str, np.ndarray]:

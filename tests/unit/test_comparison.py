@@ -67,7 +67,7 @@ def compared(folder, tmp_path, monkeypatch):
     texts = {"calibration": tokens(seed=1, batch=4, length=20), "heldout": tokens(seed=2, batch=5, length=12)}
     texts["healing"] = HEALING
     monkeypatch.setattr("moeits.corpus.blocks", lambda part, *_, **__: texts[part].numpy())
-    settings = profiles.load("laptop").models["smol-qwen"].model_copy(update={"source": str(folder)})
+    settings = profiles.load("laptop").models["mini-qwen"].model_copy(update={"source": str(folder)})
     profile = profiles.load(
         "laptop",
         models={"tiny": settings.model_dump()},

@@ -49,7 +49,7 @@ def test_a_study_of_the_hub_names_the_commit_in_its_records(tmp_path, monkeypatc
     monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(pipeline, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(pipeline, "DATA", tmp_path / "data")
-    settings = profiles.load("laptop").models["smol-qwen"].model_dump() | {"source": f"hub:{NAME}"}
+    settings = profiles.load("laptop").models["mini-qwen"].model_dump() | {"source": f"hub:{NAME}"}
     study = pipeline.Study(profiles.load("laptop", models={"tiny": settings}), "tiny")
     assert study.nmi.provenance["revision"] == COMMIT
 

@@ -135,7 +135,7 @@ def compared(model, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(pipeline, "DATA", tmp_path / "data")
     monkeypatch.setattr("moeits.models.checkpoint.CACHE", tmp_path / "cache")
-    settings = profiles.load("laptop").models["smol-qwen"].model_copy(update={"source": str(model)})
+    settings = profiles.load("laptop").models["mini-qwen"].model_copy(update={"source": str(model)})
     recipe = Recipe(preset="paper", steps=1, batch_size=1, accumulation=1, max_tokens=16, rank=2)
     profile = profiles.load(
         "laptop",

@@ -93,7 +93,7 @@ def test_unknown_preset_names_the_known_ones(folder):
 def study(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "DATA", tmp_path / "data")
     monkeypatch.setattr(pipeline, "CACHE", tmp_path / "cache")
-    settings = profiles.load("laptop").models["smol-qwen"].model_copy(update={"source": str(folder)})
+    settings = profiles.load("laptop").models["mini-qwen"].model_copy(update={"source": str(folder)})
     profile = profiles.load("laptop", models={"tiny": settings.model_dump()}, random_draws=2, seed=3)
     return pipeline.Study(profile, "tiny")
 
@@ -152,7 +152,7 @@ def test_steps_cover_the_profile_in_order():
     profile = profiles.load("laptop")
     steps = list(pipeline.steps(profile))
     stages = [step.stage for step in steps]
-    assert stages.index("NMI") == stages.count("models") == len(profile.models) + 1
+    assert stages.index("NMI") == stages.count("models") == len(profile.models)
     assert stages.index("scores") == stages.count("models") + stages.count("NMI")
     labels = [step.label for step in steps]
     assert len(set(labels)) == len(labels)
@@ -162,15 +162,16 @@ def test_steps_cover_the_profile_in_order():
             for label in labels
             if re.fullmatch(rf"{name}: tau = [^,]*", label)
         }
-        assert taus == {*profile.tau_grid, model.tau}
-    only = [step.label for step in pipeline.steps(profile, "smol-qwen")]
-    assert only == [label for label in labels if label.startswith("smol-qwen:")]
+        grid = profile.tau_grid if model.tau_grid is None else model.tau_grid
+        assert taus == {*grid, model.tau}
+    only = [step.label for step in pipeline.steps(profile, "mini-qwen")]
+    assert only == [label for label in labels if label.startswith("mini-qwen:")]
 
 
 def test_an_ablation_heals_at_every_tau_with_every_seed(study):
     profile = study.profile.model_copy(update={"ablation_seeds": 2})
     study = pipeline.Study(profile, study.name)
-    assert set(study.ablation_taus) == {0.5, 0.75, 1.25, 2.5, 5.0}
+    assert set(study.ablation_taus) == {0.5, 0.75, 1, 1.25, 1.5, 2.5, 5.0}
     steps = list(pipeline.ablation(profile, study.name))
     labels = [step.label for step in steps if step.way]
     for tau in study.ablation_taus:
@@ -220,5 +221,5 @@ def test_another_protocol_asks_in_its_way_and_is_no_score(study, monkeypatch):
 
 
 def test_a_study_of_an_unknown_model_names_the_known_ones():
-    with pytest.raises(ValueError, match="it has smol-mixtral, smol-qwen, smol-deepseek"):
+    with pytest.raises(ValueError, match="it has mini-mixtral, mini-qwen"):
         pipeline.Study(profiles.load("laptop"), "smol-llama")
