@@ -36,8 +36,8 @@ class ModelSettings(Strict):
         The model's name in prose.
     like : str
         The paper's model that it is, or stands for.
-    page : str
-        The page of the book that shows it, such as ``prune-mixtral``.
+    page : str, optional
+        The page of the book that prunes it step by step, such as ``prune-mixtral``; none by default.
     tau : float
         The tau that its page shows.
     tau_grid, tasks : list, optional
@@ -49,8 +49,8 @@ class ModelSettings(Strict):
     source: str = Field(pattern=r"^((miniature|trained):.+|hub:[^/]+/[^/]+|[./~].*)$")
     title: str
     like: str
-    page: Literal["prune-mixtral", "prune-qwen", "prune-deepseek", "prune-smol-qwen"]
     tau: Tau
+    page: Literal["prune-mixtral", "prune-qwen", "prune-deepseek"] | None = None
     tau_grid: list[Tau] | None = None
     tasks: list[str] | None = Field(default=None, min_length=1)
     revision: str | None = None
