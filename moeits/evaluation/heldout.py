@@ -25,8 +25,11 @@ CONFIG: dict[str, Any] = {
 WORDS = {"last_word": 1, "ending": 12}
 """Words of the answer, by task."""
 
-CONTEXT = 80
-"""Words before the answer, at most; at least a quarter of them."""
+CONTEXT = 400
+"""Characters before the answer, at most."""
+
+SHORTEST, LONGEST = 20, 100
+"""Words before an answer, at least, and characters of an answer, at most."""
 
 CHOICES = 4
 
@@ -56,9 +59,11 @@ def questions(task: str, seed: int = 0) -> list[dict[str, Any]]:
     found = []
     for document in corpus.documents("heldout"):
         words = document.text.split()
-        if len(words) >= length + CONTEXT // 4:
-            context = " ".join(words[-length - CONTEXT : -length])
-            found.append({"context": context, "answer": " ".join(words[-length:]), "domain": document.domain})
+        answer = " ".join(words[-length:])
+        if len(words) >= length + SHORTEST and len(answer) <= LONGEST:
+            before = " ".join(words[:-length])
+            cut = before[-CONTEXT:] if len(before) <= CONTEXT else before[-CONTEXT:].partition(" ")[2]
+            found.append({"context": cut, "answer": answer, "domain": document.domain})
     answers = defaultdict(set)
     for question in found:
         answers[question["domain"]].add(question["answer"])

@@ -487,15 +487,17 @@ def test_the_one_verdict(difference, stderr, options, expected):
 
 @pytest.mark.parametrize("task", heldout.WORDS)
 def test_the_right_answer_is_how_a_held_out_document_goes_on(task, monkeypatch):
-    texts = [" ".join(f"w{number}.{i}" for i in range(20 * number)) for number in range(1, 7)]
+    texts = [" ".join(f"w{number}.{i}" for i in range(20 * number + 12)) for number in range(1, 7)]
     documents = [corpus.Document("DROP", "general", text, text) for text in texts]
     monkeypatch.setattr(corpus, "documents", {"heldout": documents}.get)
     found = heldout.questions(task)
     length = heldout.WORDS[task]
-    assert len(found) == 5  # the first text is too short
-    for question, text in zip(found, texts[1:], strict=True):
+    assert len(found) == len(texts)
+    for question, text in zip(found, texts, strict=True):
         words = text.split()
-        assert question["context"].split() == words[:-length][-80:]
+        assert " ".join(words[:-length]).endswith(" " + question["context"]) or len(question["context"]) < 400
+        assert question["context"].split()[-1] == words[-length - 1]
+        assert len(question["context"]) <= 400
         assert question["choices"][question["gold"]].split() == words[-length:]
         assert len(set(question["choices"])) == 4
         assert all(any(wrong in other for other in texts) for wrong in question["choices"])
