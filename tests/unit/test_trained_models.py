@@ -69,7 +69,7 @@ def test_every_source_has_a_licence_and_the_text_is_that_of_the_models():
     assert corpus.text_digest(corpus.load("training")) == trained.facts("parent-1")["settings"]["text"]
 
 
-@pytest.mark.parametrize("name", ["scratch-1", *(set(trained.SHIPPED) & set(FINISHED))])
+@pytest.mark.parametrize("name", ["scratch-1", *sorted({*trained.SHIPPED} & {*FINISHED})])
 def test_a_model_runs_without_this_package_and_is_pruned_and_scored(name, tmp_path):
     folder = trained.find(name).folder
     done = subprocess.run(
