@@ -277,9 +277,7 @@ class Comparison:
 
         model, tokens = self.study.load(), self.profile.calibration_tokens
         if text == "random":
-            blocks = random_tokens(
-                model, tokens, length=self.profile.context, seed=self.profile.seed
-            )
+            blocks = random_tokens(model, tokens, length=self.profile.context, seed=self.profile.seed)
         else:
             blocks = corpus.blocks(text, self._tokenizer, length=self.profile.context, tokens=tokens)
         found = gather(model, blocks, batch_size=self.profile.batch_size)

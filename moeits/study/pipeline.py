@@ -30,6 +30,7 @@ from moeits.study.records import Record
 if TYPE_CHECKING:
     from torch import nn
 
+
 @dataclass(frozen=True)
 class Study:
     """One model in one profile. Every property and method finds what was done before, or does it.
