@@ -423,7 +423,7 @@ class Comparison:
             "recipe": profile.healing.model_dump() if way and "lora" in way and profile.healing else None,
             "refit_tokens": profile.refit_tokens if way and "refit" in way else None,
             "tasks": self.study.tasks,
-            "questions": profile.questions,
+            "questions": self.study.questions,
             "shots": profile.shots,
             "documents": profile.documents,
         }
@@ -519,7 +519,7 @@ class Comparison:
             self._tokenizer,
             self.study.tasks,
             shots=profile.shots,
-            limit=profile.questions,
+            limit=self.study.questions,
             batch_size=profile.batch_size,
             documents=profile.documents,
             seed=profile.seed,

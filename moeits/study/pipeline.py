@@ -469,10 +469,14 @@ class Study:
             ]
         return rows, {}
 
+    @property
+    def questions(self) -> int | None:
+        """Questions per task, where the model's page compares nothing; None is all."""
+        return self.settings.questions or self.profile.questions
+
     def _questions(self, tau: float | None) -> int | None:
-        """Questions per benchmark: more where the model's page compares."""
-        at_page = tau in (None, self.settings.tau)
-        return (self.profile.questions_at_page_tau if at_page else None) or self.profile.questions
+        at_page = tau in (None, self.settings.tau) and self.settings.questions is None
+        return (self.profile.questions_at_page_tau if at_page else None) or self.questions
 
     @by_value
     def _scores(
@@ -498,7 +502,7 @@ class Study:
             "tau": tau,
             "kept": kept and _as_json(kept),
             "tasks": self.tasks if tasks is None else tasks,
-            "questions": profile.questions if protocol else self._questions(tau),
+            "questions": self.questions if protocol else self._questions(tau),
             "shots": protocol.shots if protocol else profile.shots,
             "documents": profile.documents,
             "heldout_tokens": None if protocol else profile.heldout_tokens,

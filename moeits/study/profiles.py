@@ -40,8 +40,8 @@ class ModelSettings(Strict):
         The page of the book that prunes it step by step, such as ``prune-mixtral``; none by default.
     tau : float
         The tau that its page shows.
-    tau_grid, tasks : list, optional
-        Taus and tasks of this model; the profile's by default.
+    tau_grid, tasks, questions : optional
+        Taus, tasks and questions per task of this model; the profile's by default.
     revision : str, optional
         Revision on the hub; without it that of the first download (:func:`moeits.models.hub.download`).
     """
@@ -53,6 +53,7 @@ class ModelSettings(Strict):
     page: Literal["prune-mixtral", "prune-qwen", "prune-deepseek"] | None = None
     tau_grid: list[Tau] | None = None
     tasks: list[str] | None = Field(default=None, min_length=1)
+    questions: int | None = Field(default=None, ge=1)
     revision: str | None = None
 
 
