@@ -286,6 +286,24 @@ def halves_table(table: pd.DataFrame) -> pd.DataFrame:
     return lines.assign(selectable=found.reindex(lines.initialisation).to_numpy())
 
 
+def shipped_table(measured: Sequence[Record]) -> pd.DataFrame:
+    """Tabulate the shipped models, one row each."""
+    columns = {
+        "bits per byte": "bits per byte, all",
+        "shuffled rows": "loss increase, shuffled router rows",
+        "random half": "loss increase, mean",
+        "sd": "loss increase, sd over subsets",
+        "idle": "idle experts",
+        "information": "mutual information, expert and domain",
+        **{f"NMI, {name}": f"nmi, {name}" for name in NMI_KINDS},
+    }
+    wide = quantities(measured).set_index(["initialisation", "quantity"]).value
+    return pd.DataFrame(
+        {"model": name} | {heading: wide.get((name, quantity)) for heading, quantity in columns.items()}
+        for name in sorted({record.details["initialisation"] for record in measured})
+    )
+
+
 # Figures
 
 
