@@ -77,9 +77,9 @@ def measure(name: str, *, sizes: Sizes | None = None, folder: Path | None = None
     Returns
     -------
     Record
-        Found by weights, text and sizes. Rows: bits per byte of every state. Details: ``bytes`` and ``domain``
-        of the documents; ``states``, for each the method, whether it was healed, and the bits of each
-        document.
+        Found by weights, text and sizes. Rows: bits per byte of every state. Details: ``bytes`` and
+        ``domain`` of the documents; ``states``, for each the method, whether it was healed, and the bits of
+        each document.
 
     Raises
     ------
