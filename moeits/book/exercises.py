@@ -1,6 +1,6 @@
-"""Self-checks of the exercises: each tries a reader's function on seeded cases and says where it is wrong.
+"""Self-checks of the exercises: each tries a function on seeded cases and names the first that fails.
 
-A check never raises, so a page with exercises that are not solved yet still runs.
+A check never raises, so a page with unsolved exercises still runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ Check = Callable[[Callable], Iterator[str]]
 
 
 def check(name: str, answer: Callable) -> bool:
-    """Check an answer, print what comes out, and say whether it is right.
+    """Check an answer, print the result, and return whether the answer is right.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def check(name: str, answer: Callable) -> bool:
     try:
         problem = next(EXERCISES[name](answer), None)
     except Exception as error:  # whatever the reader's function raises is their answer
-        problem = f"it raised {type(error).__name__}: {error}"
+        problem = f"It raised {type(error).__name__}: {error}"
     print(f"{name}: right" if problem is None else f"{name}: not yet. {problem}")
     return problem is None
 
@@ -53,7 +53,7 @@ def _entropy(answer: Callable) -> Iterator[str]:
         filled = [count for count in counts if count]
         expected = sum(-c / sum(filled) * log(c / sum(filled)) for c in filled)
         if not _near(got := answer(counts), expected):
-            yield f"For the counts {counts} it gives {got}, expected is {expected:.6f} nats."
+            yield f"For the counts {counts} it returns {got}; expected {expected:.6f} nats."
 
 
 def _weights(answer: Callable) -> Iterator[str]:
@@ -67,7 +67,7 @@ def _weights(answer: Callable) -> Iterator[str]:
             expected[np.array(kept)[top]] = scores[top] / (scores[top].sum() if normalise else 1)
             got = answer(logits, kept, 2, normalise)
             if np.shape(got) != (6,) or not np.allclose(got, expected):
-                yield f"With experts {kept} left, normalise = {normalise}, it gives {got}, not {expected}."
+                yield f"For kept = {kept}, normalise = {normalise} it returns {got}; expected {expected}."
 
 
 def _selection(answer: Callable) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _selection(answer: Callable) -> Iterator[str]:
             got = answer(R.copy(), tau)
             if got is None or sorted(got) != expected:
                 where = f"noise_matrix(default_rng({draw}), 8, 0.3), tau = {tau}"
-                yield f"On {where} it keeps {got}, expected is {expected}."
+                yield f"On {where} it keeps {got}; expected {expected}."
 
 
 def _correction(answer: Callable) -> Iterator[str]:
@@ -91,10 +91,10 @@ def _correction(answer: Callable) -> Iterator[str]:
 
     plain, corrected = mean(0, nmi), mean(0, answer)
     if not abs(corrected) < plain / 2:
-        yield f"Unrelated arrays still get {corrected:.4f} on average; the plain estimate is {plain:.4f}."
+        yield f"Unrelated arrays still score {corrected:.4f} on average; the plain estimate is {plain:.4f}."
     related = mean(0.9, answer)
     if not related > mean(0.9, nmi) / 2:
-        yield f"Arrays with a correlation of 0.9 get only {related:.4f}: that takes too much away."
+        yield f"Arrays with a correlation of 0.9 score only {related:.4f}: the correction is too large."
 
 
 def _disguise(answer: Callable) -> Iterator[str]:
@@ -102,7 +102,7 @@ def _disguise(answer: Callable) -> Iterator[str]:
     block = planted.random_experts(rng, experts=2, neurons=64, width=96)
     changed = answer({name: weights.copy() for name, weights in block.items()})
     if changed is None:
-        yield "It gives nothing back."
+        yield "It returns nothing."
     tokens = 10 * rng.standard_normal((32, 96))
     expected = planted.output(block, 0, tokens)
     if not np.allclose(
@@ -112,7 +112,7 @@ def _disguise(answer: Callable) -> Iterator[str]:
     level = nmi_matrix(block, n_jobs=1)[0, 1]
     R = nmi_matrix({name: np.stack([block[name][0], changed[name][1]]) for name in block}, n_jobs=1)
     if not R[0, 1] < 1.5 * level:
-        yield f"The copy's NMI is {R[0, 1]:.3f}, that of unrelated experts {level:.3f}: it is seen."
+        yield f"NMI detects the copy: it scores {R[0, 1]:.3f}, unrelated experts score {level:.3f}."
 
 
 def _refit(answer: Callable) -> Iterator[str]:
@@ -126,17 +126,17 @@ def _refit(answer: Callable) -> Iterator[str]:
         expected = np.linalg.lstsq(rows, targets, rcond=None)[0]
         got = answer(hidden.copy(), wanted.copy(), start.copy(), penalty)
         if np.shape(got) != (6, 3):
-            yield f"It gives {got}, expected is an array of the shape of start, (6, 3)."
+            yield f"It returns {got}; expected an array of the shape of start, (6, 3)."
         elif not np.allclose(got, expected, rtol=1e-4, atol=1e-4):
             off = np.abs(np.asarray(got) - expected).max()
-            yield f"With a penalty of {penalty:g} the largest difference to the best weights is {off:.3g}."
+            yield f"With a penalty of {penalty:g} the largest difference from the best weights is {off:.3g}."
 
 
 def _overlap(answer: Callable) -> Iterator[str]:
     for first, second, experts in ((2, 2, 4), (1, 3, 5), (4, 4, 8), (5, 5, 5)):
         expected = chance_jaccard(first, second, experts)
         if not _near(got := answer(first, second, experts), expected, 1e-6):
-            yield f"For sets of {first} and {second} of {experts} it gives {got}, expected is {expected:.6f}."
+            yield f"For sets of {first} and {second} of {experts} it returns {got}; expected {expected:.6f}."
 
 
 def _payback(answer: Callable) -> Iterator[str]:
@@ -144,10 +144,10 @@ def _payback(answer: Callable) -> Iterator[str]:
         expected = seconds / (1 / before - 1 / after)
         if not _near(got := answer(seconds, before, after), expected, 1e-6):
             asked = f"{seconds:g} s, {before:g} and {after:g} tokens/s"
-            yield f"For {asked} it gives {got}, expected is {expected:g}."
+            yield f"For {asked} it returns {got}; expected {expected:g}."
     for after in (20.0, 19.0):
         if answer(10.0, 20.0, after) != inf:
-            yield f"From 20 to {after:g} tokens/s nothing is ever paid back: that is math.inf."
+            yield f"From 20 to {after:g} tokens/s it never pays for itself: return math.inf."
 
 
 def _lead(answer: Callable) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _lead(answer: Callable) -> Iterator[str]:
         for method in ("MoE-I2", "MoE-Pruner"):
             got = answer(paper.table(number), method)
             if not _near(got, margins[method], 1e-6):
-                yield f"In Table {number} against {method} it gives {got}, expected is {margins[method]:.4f}."
+                yield f"In Table {number} against {method} it returns {got}; expected {margins[method]:.4f}."
 
 
 def _budget(answer: Callable) -> Iterator[str]:
@@ -167,11 +167,11 @@ def _budget(answer: Callable) -> Iterator[str]:
     for share in (0.4, 0.6, 0.8):
         tau = answer(matrices, share)
         if tau is None:
-            yield "It gives nothing back."
+            yield "It returns nothing."
         kept = sum(len(select_experts(R, tau).kept) for R in matrices.values()) / 48
         best = sum(len(s.kept) for s in select_share(matrices, share)[1].values()) / 48
         if abs(kept - share) > abs(best - share) + 1 / 48:
-            yield f"For a share of {share} its tau of {tau:.4f} keeps {kept:.3f}; {best:.3f} can be had."
+            yield f"For a share of {share} its tau of {tau:.4f} keeps {kept:.3f}; {best:.3f} is possible."
 
 
 EXERCISES: dict[str, Check] = {

@@ -32,19 +32,19 @@ def test_the_unsolved_exercise_is_not_yet_right(name, capsys):
 @pytest.mark.parametrize(
     ("name", "answer", "says"),
     [
-        ("entropy", lambda counts: -sum(c * np.log2(c) for c in counts if c), r"counts [1, 1] it gives"),
+        ("entropy", lambda counts: -sum(c * np.log2(c) for c in counts if c), r"counts [1, 1] it returns"),
         ("entropy", lambda _: 1 / 0, "raised ZeroDivisionError"),
-        ("weights", lambda *_: np.ones(6) / 6, "it gives"),
+        ("weights", lambda *_: np.ones(6) / 6, "it returns"),
         ("selection", lambda R, _: range(len(R)), "it keeps"),
-        ("correction", lambda *_: 0.0, "takes too much away"),
+        ("correction", lambda *_: 0.0, "the correction is too large"),
         ("disguise", lambda block: block, "does not compute"),
-        ("lead", lambda *_: 0.0, "expected is"),
-        ("budget", lambda *_: 1.0, "can be had"),
+        ("lead", lambda *_: 0.0, "expected"),
+        ("budget", lambda *_: 1.0, "is possible"),
         ("refit", lambda hidden, wanted, *_: np.linalg.lstsq(hidden, wanted)[0], "With a penalty of 5"),
-        ("refit", lambda *_: None, "expected is an array"),
-        ("overlap", lambda first, second, experts: first * second / experts**2, "it gives"),
+        ("refit", lambda *_: None, "expected an array"),
+        ("overlap", lambda first, second, experts: first * second / experts**2, "it returns"),
         ("payback", lambda seconds, before, after: seconds / (1 / before - 1 / after), "raised ZeroDivision"),
-        ("payback", lambda seconds, before, after: seconds * (after - before), "expected is 1000"),
+        ("payback", lambda seconds, before, after: seconds * (after - before), "expected 1000"),
     ],
 )
 def test_a_mistake_is_told(name, answer, says, capsys):
