@@ -13,12 +13,16 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from moeits.histograms import as_float, discretise, joint_entropy
-from moeits.nmi import nmi, nmi_matrix
+from moeits.models.checkpoint import expert_blocks
+from moeits.nmi import nmi, nmi_matrix, nmi_zscores
 from moeits.selection import DIAGONALS, select_experts
-from moeits.study import planted
+from moeits.study import paper, planted
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from transformers import PreTrainedModel
+
+    from moeits.study.pipeline import Study
 
 
 def summary(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
@@ -283,44 +287,41 @@ def small_models(seed: int = 0) -> dict[str, "PreTrainedModel"]:
     }
 
 
-def noise_kept(
-    experts: int, tau: float, *, spreads: Iterable[float], diagonals: Iterable[str], draws: int, seed: int = 0
+def paper_noise(
+    implied: Mapping[str, Mapping[str, float]],
+    settings: Iterable[tuple[str, float]],
+    *,
+    draws: int,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Count what Algorithm 3 keeps of matrices of noise.
+    """Count what Algorithm 3 keeps for matrices of noise, at the paper's tau for each of its models.
 
     Parameters
     ----------
-    experts : int
-        Experts per layer.
-    tau : float
-        Threshold.
-    spreads : iterable of float
-        Standard deviations of the scores relative to their mean.
-    diagonals : iterable of str
-        As in :func:`moeits.selection.select_experts`.
-    draws : int
-        Matrices per setting.
-    seed : int
-        Seed; each draw has its own generator.
+    implied : mapping of str to mapping
+        Model -> ``experts`` and ``kept`` per layer, as :func:`moeits.book.audit.implied_kept` gives them.
+    settings : iterable of (str, float)
+        Diagonals, as in :func:`moeits.selection.select_experts`, and standard deviations of the scores
+        relative to their mean.
+    draws, seed : int
+        Matrices per setting; each draw has its own generator.
 
     Returns
     -------
     DataFrame
-        diagonal, spread, kept; a row per draw.
+        model, tau, experts, implied, diagonal, spread, setting (both in words), kept, kept_sd, draws.
     """
-    return pd.DataFrame(
-        [
-            {
-                "diagonal": diagonal,
-                "spread": spread,
-                "kept": len(select_experts(R, tau, diagonal=diagonal).kept),
-            }
-            for spread in spreads
-            for draw in range(draws)
-            for R in [planted.noise_matrix(np.random.default_rng([seed, draw]), experts, spread)]
-            for diagonal in diagonals
-        ]
-    )
+    setting = ["model", "tau", "experts", "implied", "diagonal", "spread", "setting"]
+    rows = []
+    for model, one in implied.items():
+        tau, experts = paper.TAU[model], int(one["experts"])
+        for diagonal, spread in settings:
+            words = "diagonal excluded" if diagonal == "exclude" else f"diagonal 0, spread {100 * spread:g} %"
+            for draw in range(draws):
+                R = planted.noise_matrix(np.random.default_rng([seed, draw]), experts, spread)
+                kept = len(select_experts(R, tau, diagonal=diagonal).kept)
+                rows.append((model, tau, experts, one["kept"], diagonal, spread, words, kept))
+    return summary(pd.DataFrame(rows, columns=[*setting, "kept"]), setting, ["kept"])
 
 
 def plants(
@@ -371,6 +372,93 @@ def plants(
                         result = planted.found(select_experts(R, **given).removed, pairs)
                         setting = {"kind": kind, "noise": noise, "estimate": estimate, "budget": budget}
                         rows.append(setting | result._asdict())
+    return pd.DataFrame(rows)
+
+
+def estimates() -> dict[str, Callable[[planted.Block], np.ndarray]]:
+    """Name the plain estimate of the matrix R and four corrected ones, for :func:`plants`."""
+    return {
+        "plain": partial(nmi_matrix, n_jobs=1),
+        "Miller-Madow": partial(nmi_matrix, n_jobs=1, correction="miller-madow"),
+        "null subtracted": partial(nmi_matrix, n_jobs=1, correction="null"),
+        "z-score": partial(nmi_zscores, draws=4, n_jobs=1),
+        "aligned": partial(nmi_matrix, n_jobs=1, align=True),
+    }
+
+
+def draw_recall(axis: "Axes", table: pd.DataFrame, *, by: str, apart: float = 0.0) -> None:
+    """Draw a curve of the mean recall over the noise for each value of a column, with standard errors.
+
+    Parameters
+    ----------
+    axis : Axes
+        Where to draw.
+    table : DataFrame
+        A :func:`summary` of :func:`plants`.
+    by : str
+        The column.
+    apart : float
+        Distance of the curves' markers, so that they do not hide each other.
+    """
+    noises = table.noise.unique()
+    groups = table.groupby(by, sort=False)
+    for number, (name, part) in enumerate(groups):
+        at = np.arange(len(noises)) + apart * (number - (len(groups) - 1) / 2)
+        axis.errorbar(at, part.recall, part.recall_sd / np.sqrt(part.draws), ms=4, label=name)
+    axis.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
+    axis.set(xlabel="noise / weights", ylim=(-0.05, 1.05))
+
+
+def null_models(studies: Mapping[str, "Study"], *, every: int, diagonal: str, seed: int = 0) -> pd.DataFrame:
+    """Compare models' experts with null experts, at each model's own tau.
+
+    Parameters
+    ----------
+    studies : mapping of str to Study
+        Model -> its study.
+    every : int
+        Take every so many-th layer.
+    diagonal, seed
+        As in :func:`null_layers`.
+
+    Returns
+    -------
+    DataFrame
+        As :func:`null_layers`, with the column model.
+    """
+    tables = []
+    for name, study in studies.items():
+        blocks = list(expert_blocks(study.folder))[::every]
+        tau, least = study.profile.model(name).tau, blocks[0][1].minimum
+        found = null_layers(blocks, tau, diagonal=diagonal, at_least=least, seed=seed)
+        tables.append(found.assign(model=name))
+    return pd.concat(tables)
+
+
+def against_nulls(nulls: pd.DataFrame) -> pd.DataFrame:
+    """Summarise :func:`null_models`, a row for each model.
+
+    Returns
+    -------
+    DataFrame
+        model; layers; ratio of the mean NMI, real / shuffled; z, the difference of these means in standard
+        deviations of a shuffled pair; spread and kept share for each kind of experts; rank correlation of the
+        pairs' NMI; share of the kept experts that are kept in both.
+    """
+    rows = []
+    for name, part in nulls.groupby("model", sort=False):
+        kinds = {kind: of.set_index("layer") for kind, of in part.groupby("experts", sort=False)}
+        real, null = kinds["real"], kinds["shuffled"]
+        row = {
+            "model": name,
+            "layers": len(real),
+            "real / shuffled": real["mean"].mean() / null["mean"].mean(),
+        }
+        row["z"] = ((real["mean"] - null["mean"]) / null.sd).median()
+        row |= {f"spread, {kind}": of.spread.median() for kind, of in kinds.items()}
+        row |= {f"kept, {kind}": of.kept.mean() / of.of.mean() for kind, of in kinds.items()}
+        row["rank correlation"] = null.correlation.median()
+        rows.append(row | {"kept in both": null.same_kept.sum() / real.kept.sum()})
     return pd.DataFrame(rows)
 
 
