@@ -83,10 +83,14 @@ def shown(profile: Profile) -> Shown:
         if cell.rows and (again := by_place.get(_place(cell)))
     ]
     source = (
-        f"The {len(other)} measurements of this page are those of the project's own run (commit "
-        f"{str(other[0].provenance['commit'])[:10]}). This run has repeated {len(gaps)} of them; the bits "
-        f"per byte differ by at most {max(gaps, default=0):.1%}."
+        f"The {len(other)} measurements of this page come from the project's own run (commit "
+        f"{str(other[0].provenance['commit'])[:10]})."
     )
+    if gaps:
+        source += (
+            f" This machine has repeated {len(gaps)} of them; the bits per byte differ by at most "
+            f"{max(gaps):.1%}."
+        )
     return Shown(other, *(records.load(published, kind) for kind in kinds), source)
 
 
