@@ -1,7 +1,7 @@
-"""The ledger of the paper's claims: each with a verdict and its evidence, computed where it can be.
+"""The paper's claims: each with a verdict and its evidence, computed where possible.
 
-The ledger is ``data/paper/claims.yaml``. A row that names a check is computed when it is loaded: its verdict
-must be the one that the check finds, and the numbers that the row pins must be the check's.
+The claim table is ``data/paper/claims.yaml``. A claim that names a check is computed when it is loaded: its
+verdict and its pinned numbers must equal those of the check.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,10 +29,10 @@ MARKS = {
     "C": "computed here, from the paper's own numbers or by the package",
     "T": "read in the text of the paper",
     "M": "measured or shown on a page of this book",
-    "F": "read in the repository or file that is named",
+    "F": "read in the named repository or file",
     "S": "from a secondary source",
     "I": "inferred",
-    "G": "a guess, said to be one",
+    "G": "a guess, marked as such",
 }
 PRECISION = 0.005  # pinned numbers have two digits after the point
 # Questions in the test or validation splits that lm-eval scores.
@@ -53,7 +53,7 @@ class Finding(NamedTuple):
 
 
 class Claim(BaseModel):
-    """One row of the ledger.
+    """One claim of the paper.
 
     Attributes
     ----------
@@ -97,12 +97,12 @@ class Claim(BaseModel):
 
 
 def load(path: Path = DATA / "paper" / "claims.yaml") -> list[Claim]:
-    """Read the ledger, compute what can be computed, and fill the numbers into the findings.
+    """Read the claim table, compute what can be computed, and fill the numbers into the findings.
 
     Parameters
     ----------
     path : Path
-        The ledger.
+        The claim table.
 
     Returns
     -------
@@ -112,8 +112,8 @@ def load(path: Path = DATA / "paper" / "claims.yaml") -> list[Claim]:
     Raises
     ------
     MoeitsError
-        If a row is malformed, its id is there twice, it has no evidence, or what its check computes differs
-        from what the row says; the message names the row.
+        If a claim is malformed, its id occurs twice, it has no evidence, or its check computes something
+        else; the message names the claim.
     """
     rows = []
     for content in yaml.safe_load(Path(path).read_text(encoding="utf-8")):
@@ -127,7 +127,7 @@ def load(path: Path = DATA / "paper" / "claims.yaml") -> list[Claim]:
         rows.append(_checked(row))
     names = [row.id for row in rows]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise MoeitsError(f"claims are there twice: {', '.join(sorted(repeated))}")
+        raise MoeitsError(f"claims occur twice: {', '.join(sorted(repeated))}")
     return rows
 
 

@@ -88,7 +88,7 @@ def test_a_row_that_says_something_else_is_named(tmp_path, changes, says):
 
 
 def test_a_repeated_id_is_named(tmp_path):
-    with pytest.raises(ValueError, match="there twice: averages"):
+    with pytest.raises(ValueError, match="occur twice: averages"):
         audit.load(ledger(tmp_path, row(), row()))
 
 
