@@ -1,14 +1,17 @@
-"""The method in one drawing: our own version of the paper's Figure 1."""
+"""Drawings of the method and of what it works on; each is worked, not sketched."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
+from moeits.book import plain
 from moeits.book.figures import COLOURS
 from moeits.selection import select_experts
+from moeits.study import planted
 
 _INK = "#333333"
 
@@ -46,6 +49,145 @@ def method_diagram() -> tuple[Figure, pd.DataFrame]:
         for j in range(i + 1, 6)
     ]
     return figure, pd.DataFrame(pairs)
+
+
+def permuted_neurons(neurons: int = 12, *, seed: int = 0) -> tuple[Figure, pd.DataFrame]:
+    """Draw one projection of an expert, and the same expert with its neurons in another order.
+
+    Returns
+    -------
+    figure : Figure
+        Two heat maps; the number at a row's left end is that of the neuron.
+    data : DataFrame
+        expert; nmi, of all three projections with those of the original, four bins; difference, the largest
+        one of their outputs on random tokens, relative to the largest output.
+    """
+    rng = np.random.default_rng(seed)
+    order, bins = rng.permutation(neurons), 4
+    block = planted.random_experts(rng, experts=1, neurons=neurons, width=16)
+    copies = {"an expert": block, "its neurons in another order": planted.permute(block, 0, order)}
+    tokens = rng.standard_normal((32, 16))
+    wanted = planted.output(block, 0, tokens)
+    figure, axes = plt.subplots(1, 2, figsize=(5.6, 2.6))
+    rows = []
+    for axis, (name, copy), numbers in zip(axes, copies.items(), (range(neurons), order), strict=True):
+        sns.heatmap(copy["up"][0], cmap="cividis", cbar=False, ax=axis, xticklabels=False)
+        for row, number in enumerate(numbers):
+            shade = plt.get_cmap("Blues")(0.8 * number / neurons)
+            axis.add_patch(Rectangle((-1.6, row), 1.3, 1, fc=shade, ec="white", clip_on=False))
+            colour = "white" if number > neurons * 0.6 else _INK
+            axis.text(-0.95, row + 0.5, number, ha="center", va="center", color=colour, fontsize=8)
+        axis.set_yticks([])
+        axis.grid(visible=False)
+        axis.set_title(name, fontsize=9)
+        gap = np.abs(planted.output(copy, 0, tokens) - wanted).max() / np.abs(wanted).max()
+        shared = np.mean([plain.nmi(block[part], copy[part], bins) for part in block])
+        rows.append({"expert": name, "nmi": shared, "difference": gap})
+    axes[0].set_ylabel("neuron", fontsize=9, labelpad=22)
+    figure.supxlabel("weights of up", fontsize=9)
+    return figure, pd.DataFrame(rows)
+
+
+def slices_and_copies(slices: int, copies: int, neurons: int = 16) -> tuple[Figure, pd.DataFrame]:
+    """Draw a dense FFN that is sliced, and the slices that are copied to make experts.
+
+    Returns
+    -------
+    figure : Figure
+        Left the FFN's hidden neurons, in the middle the slices, right the experts.
+    data : DataFrame
+        expert, slice, neurons of the FFN (first and last) that it begins with.
+    """
+    figure, axis = plt.subplots(figsize=(5.6, 2.6))
+    axis.set(xlim=(-4, 100), ylim=(-9, 52), aspect="equal")
+    axis.set_axis_off()
+    size, part = 48 / neurons, neurons // slices
+    for neuron in range(neurons):
+        low = 48 - size * (neuron + 1)
+        axis.add_patch(
+            Rectangle((4, low), 10, size * 0.85, fc=COLOURS[neuron // part], ec=_INK, lw=0.6, alpha=0.5)
+        )
+    rows = []
+    for which in range(slices):
+        low = 48 - 48 / slices * (which + 1)
+        axis.add_patch(
+            Rectangle((36, low + 1), 9, 48 / slices - 2, fc=COLOURS[which], ec=_INK, lw=0.6, alpha=0.5)
+        )
+        letter = "ABCDEFGH"[which]
+        axis.text(40.5, low + 24 / slices, letter, ha="center", va="center", color="black", fontsize=10)
+        for copy in range(copies):
+            expert, left = which + slices * copy, 67 + 8 * copy
+            axis.add_patch(
+                Rectangle(
+                    (left, low + 1), 6.5, 48 / slices - 2, fc=COLOURS[which], ec=_INK, lw=0.6, alpha=0.5
+                )
+            )
+            axis.text(
+                left + 3.2, low + 24 / slices, expert, ha="center", va="center", color="black", fontsize=9
+            )
+            rows.append(
+                {"expert": expert, "slice": letter, "first": part * which, "last": part * (which + 1) - 1}
+            )
+    _arrow(axis, 18, 32, "slice")
+    _arrow(axis, 49, 63, "copy")
+    for x, text in ((9, "hidden neurons\nof a dense FFN"), (40.5, "slices"), (82, "experts")):
+        axis.text(x, -3, text, ha="center", va="top", fontsize=9)
+    return figure, pd.DataFrame(rows).sort_values("expert", ignore_index=True)
+
+
+def router_softmax(
+    logits: np.ndarray, top: int, removals: tuple[int | None, ...]
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw a router's softmax for one token, before and after single experts are removed.
+
+    Parameters
+    ----------
+    logits : ndarray, shape (E,)
+        The router's logits.
+    top : int
+        Experts that a token uses.
+    removals : tuple of int or None
+        A panel for each: the expert that is removed, or None.
+
+    Returns
+    -------
+    figure : Figure
+        Bars; those of used experts are full.
+    data : DataFrame
+        removed, expert, score, used, weight (the score over the sum of the used ones; 0 of the others).
+    """
+    rows = []
+    for removed in removals:
+        left = [expert for expert in range(len(logits)) if expert != removed]
+        scores = np.exp(logits[left]) / np.exp(logits[left]).sum()
+        used = set(np.argsort(-scores, kind="stable")[:top].tolist())
+        total = sum(scores[place] for place in used)
+        for place, expert in enumerate(left):
+            weight = scores[place] / total if place in used else 0.0
+            rows.append((removed, expert, scores[place], place in used, weight))
+    data = pd.DataFrame(rows, columns=["removed", "expert", "score", "used", "weight"])
+    data["removed"] = [f"expert {int(e)} removed" if pd.notna(e) else "all experts" for e in data.removed]
+    figure, axes = plt.subplots(1, len(removals), figsize=(5.6, 2.4), sharey=True)
+    for axis, (title, part) in zip(axes, data.groupby("removed", sort=False), strict=True):
+        sns.barplot(
+            part,
+            x="expert",
+            y="score",
+            hue="used",
+            order=range(len(logits)),
+            dodge=False,
+            legend=False,
+            palette={True: COLOURS[0], False: "#cccccc"},
+            edgecolor=_INK,
+            linewidth=0.6,
+            ax=axis,
+        )
+        for row in part.itertuples():
+            axis.text(row.expert, row.score + 0.015, f"{row.score:.2f}", ha="center", fontsize=8)
+        axis.set_title(title, fontsize=9)
+        axis.grid(visible=False)
+        axis.set(xlabel="expert", ylabel="score" if axis is axes[0] else "", ylim=(0, 1))
+    return figure, data
 
 
 def _layer(axis: Axes, x: float, experts: object, gone: object) -> None:

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from IPython.display import display
+from matplotlib.figure import Figure
 
 from moeits.book.figures import COLOURS
 from moeits.histograms import as_float
+from moeits.nmi import nmi_matrix
+from moeits.selection import select_experts
+from moeits.study import planted
 from moeits.study.records import Record
 
 PROJECTIONS = ("gate", "up", "down")
@@ -44,7 +51,7 @@ def trained_layer(name: str, layer: int, neurons: int) -> dict[str, Any]:
         ``names``, the number of each expert; ``families``, a letter for the slice of the parent that it
         began as, or None from scratch: copies stand side by side; ``codes``, int8 of shape (3, E, neurons,
         width), for gate, up and the transpose of down; ``steps`` of shape (3, E): a weight is its code times
-        its matrix's step, of which the largest weight has 127.
+        its matrix's step, of which the largest weight has 127; ``exact``, the weights as they are stored.
     """
     from moeits.models.checkpoint import expert_blocks
     from moeits.study import trained
@@ -64,22 +71,109 @@ def trained_layer(name: str, layer: int, neurons: int) -> dict[str, Any]:
         "families": None if slices == 1 else ["ABCDEFGH"[expert % slices] for expert in names],
         "codes": np.round(weights / steps[..., None, None]).astype(np.int8),
         "steps": steps,
+        "exact": weights,
     }
 
 
 def as_block(layer: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Weights of :func:`trained_layer` as :func:`moeits.nmi.nmi_matrix` takes them."""
-    weights = layer["codes"] * layer["steps"][..., None, None]
-    return dict(zip(PROJECTIONS, weights, strict=True))
+    """Weights of :func:`trained_layer` as :func:`moeits.nmi.nmi_matrix` takes them, in float64."""
+    gate, up, down = _weights(layer)
+    return {"gate": gate, "up": up, "down": down.swapaxes(1, 2)}
 
 
-def laboratory(layers: Mapping[str, Mapping[str, Any]], *, name: str = "laboratory") -> str:
+def matrices(layers: Mapping[str, Mapping[str, Any]], *, tau: float, seed: int) -> pd.DataFrame:
+    """Measure R of each layer, and of the first one again with every expert's neurons in a random order.
+
+    Returns
+    -------
+    DataFrame
+        A row for each pair of experts: layer, first, second, copies (whether both began as the same slice),
+        nmi, and kept (whether both are kept at `tau`).
+    """
+    title, layer = next(iter(layers.items()))
+    rng, disguised = np.random.default_rng(seed), as_block(layer)
+    for expert in range(len(layer["names"])):
+        disguised = planted.permute(disguised, expert, rng.permutation(layer["codes"].shape[2]))
+    shown = {name: (as_block(one), one) for name, one in layers.items()}
+    shown[f"{title}, neurons reordered"] = (disguised, layer)
+    rows = []
+    for name, (block, one) in shown.items():
+        R = nmi_matrix(block, n_jobs=1)
+        kept, families = select_experts(R, tau).kept, one["families"]
+        rows += [
+            {
+                "layer": name,
+                "first": one["names"][i],
+                "second": one["names"][j],
+                "copies": families is not None and families[i] == families[j],
+                "nmi": R[i, j],
+                "kept": i in kept and j in kept,
+            }
+            for i, j in np.ndindex(R.shape)
+            if i != j
+        ]
+    return pd.DataFrame(rows)
+
+
+def matrices_figure(pairs: pd.DataFrame) -> Figure:
+    """Draw :func:`matrices` as heat maps on one scale; the numbers of kept experts stand at their rows."""
+    names = pairs.layer.unique()
+    fig, axes = plt.subplots(1, len(names), figsize=(5.6, 2.5))
+    for axis, name in zip(axes, names, strict=True):
+        part = pairs[pairs.layer == name]
+        order = part["first"].unique()
+        R = part.pivot_table(index="first", columns="second", values="nmi").loc[order, order]
+        bar = {"cbar": axis is axes[-1], "cbar_kws": {"label": "NMI", "shrink": 0.6}}
+        sns.heatmap(R, vmin=0, vmax=0.5, cmap="cividis", square=True, ax=axis, **bar)
+        kept = [int(place) for place in np.flatnonzero(np.isin(order, part[part.kept]["first"]))]
+        axis.set_yticks([place + 0.5 for place in kept], order[kept], fontsize=7, rotation=0)
+        axis.set(xlabel="", ylabel="", xticks=[])
+        axis.set_title(name.replace(", ", "\n"), fontsize=8)
+        axis.grid(visible=False)
+    return fig
+
+
+def finding(pairs: pd.DataFrame) -> str:
+    """Say in one sentence what :func:`matrices` shows."""
+    mean = pairs.groupby(["layer", "copies"]).nmi.mean()
+    first, *_, disguised = pairs.layer.unique()
+    copies, others, hidden = (
+        f"{mean[key]:.2f}" for key in ((first, True), (first, False), (disguised, True))
+    )
+    return (
+        f"Experts of {first} that began as copies of one slice have a mean NMI of {copies}, other pairs "
+        f"{others}; with their neurons in another order, in which they compute the same, the copies have "
+        f"{hidden}: NMI compares positions, not functions."
+    )
+
+
+def rounding(layer: Mapping[str, Any]) -> float:
+    """Measure by how much rounding to 8 bits changes R at most."""
+    R = [
+        nmi_matrix(dict(zip(PROJECTIONS, w, strict=True)), n_jobs=1)
+        for w in (layer["exact"], _weights(layer))
+    ]
+    return float(np.abs(R[0] - R[1]).max())
+
+
+def levels(layer: Mapping[str, Any], bins: int | str) -> tuple[float, float]:
+    """Mean NMI of copies, and of all other pairs."""
+    R, families = nmi_matrix(as_block(layer), bins=bins, n_jobs=1), np.array(layer["families"])
+    copies = families[:, None] == families
+    return float(R[copies & ~np.eye(len(R), dtype=bool)].mean()), float(R[~copies].mean())
+
+
+def laboratory(
+    layers: Mapping[str, Mapping[str, Any]], *, tau: float = 1.25, name: str = "laboratory"
+) -> str:
     """Write the NMI laboratory: the page measures R anew as the reader changes weights and settings.
 
     Parameters
     ----------
     layers : mapping of str to mapping
         Title -> :func:`trained_layer`; all of equal shape.
+    tau : float, default=1.25
+        Where its slider starts, from 0 to 5.
     name : str
         Id of the element, unique on its page.
 
@@ -107,7 +201,7 @@ def laboratory(layers: Mapping[str, Mapping[str, Any]], *, name: str = "laborato
         "families": max(len(set(layer["families"] or "-")) for layer in layers.values()),
         "colours": [mpl.colors.to_hex(colours(k)) for k in range(64)],
     }
-    return _element(name, "laboratory", data, ("nmi", "laboratory"))
+    return _element(name, "laboratory", data, ("nmi", "laboratory"), TAU=f"{tau:g}")
 
 
 def budgets(records: Iterable[Record], domains: Iterable[str], *, name: str = "budget") -> str:
@@ -131,6 +225,10 @@ def budgets(records: Iterable[Record], domains: Iterable[str], *, name: str = "b
     models = [_measured(record, len(domains)) for record in records]
     models.sort(key=lambda model: model["title"])
     return _element(name, "budget", {"rows": ["all text", *domains], "models": models}, ("budget",))
+
+
+def _weights(layer: Mapping[str, Any]) -> np.ndarray:
+    return layer["codes"] * layer["steps"][..., None, None]
 
 
 def _measured(record: Record, domains: int) -> dict[str, Any]:
@@ -164,9 +262,11 @@ def _measured(record: Record, domains: int) -> dict[str, Any]:
     }
 
 
-def _element(name: str, kind: str, data: Mapping[str, Any], scripts: Iterable[str]) -> str:
+def _element(name: str, kind: str, data: Mapping[str, Any], scripts: Iterable[str], **words: str) -> str:
     style = (_STATIC / "live.css").read_text(encoding="utf-8").replace("COLOUR", COLOURS[1])
-    body = (_STATIC / f"{kind}.html").read_text(encoding="utf-8").replace("NAME", name)
+    body = (_STATIC / f"{kind}.html").read_text(encoding="utf-8")
+    for placeholder, word in {"NAME": name, **words}.items():
+        body = body.replace(placeholder, word)
     script = "\n".join((_STATIC / f"{part}.js").read_text(encoding="utf-8") for part in scripts)
     held = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     return f"""<div id="{name}" class="moeits-live">

@@ -86,7 +86,7 @@ def test_again_with_nothing_changed_measures_nothing(smoke):
 
 
 # Pages on which nothing is measured, and what is quoted or drawn from a seed on the others.
-COMPUTED_PAGES = {"theory", "nmi-demos", "surgery", "audit"}
+COMPUTED_PAGES = {"theory", "nmi-demos", "surgery", "laboratory", "audit"}
 COMPUTED = {"fig-margins", "tab-paper-qwen", "tab-paper-deepseek", "tab-paper-mixtral"}
 COMPUTED |= {"fig-noise", "tab-noise", "fig-planted", "tab-planted", "fig-corrections"}
 COMPUTED |= {"tab-rivals", "tab-rivals-quoted", "tab-quoted-protocols", "tab-dense"}

@@ -93,11 +93,12 @@ def test_groups_remove_by_the_same_step(monkeypatch):
     assert len(select_experts(R, n_keep=2, groups=2).removed) == len(asked) == 2
 
 
-def test_the_theory_page_shows_the_code_whole():
+def test_the_theory_page_shows_all_of_the_code():
     file = Path(method.__file__)
     assert len(file.read_text().splitlines()) < 200
     cells = json.loads((NOTEBOOKS / "theory.ipynb").read_text())["cells"]
-    text = "".join(line for cell in cells for line in cell["source"])
-    shown = re.findall(r"\{literalinclude\} (\S+)", text)
-    pages = BOOK / "notebooks"
-    assert [(pages / name).resolve() for name in shown] == [file, file.with_name("simplify.py")]
+    text = "".join(line for cell in cells for line in [*cell["source"], "\n"])
+    included = re.findall(r"\{literalinclude\} (\S+)\n:language: python\n(?::pyobject: (\w+))?", text)
+    shown = {((BOOK / "notebooks" / place).resolve(), part) for place, part in included}
+    assert {part for place, part in shown if place == file} == {*FUNCTIONS, "Step"}
+    assert (file.with_name("simplify.py"), "") in shown

@@ -74,18 +74,18 @@ function colour(value, most) {
 
 function draw(layer, { R }, { limit, kept }) {
   const experts = layer.names.length;
-  const stays = new Set(kept);
+  const remain = new Set(kept);
   const place = (i) => CELL * i + (layer.families ? GAP * Math.floor((i * data.families) / experts) : 0);
   const side = place(experts - 1) + CELL;
   const pairs = R.flatMap((row, i) => [...row].map((value, j) => ({ i, j, value }))).filter(({ i, j }) => i !== j);
   const values = pairs.map(({ value }) => value);
   const [least, largest] = [Math.min(...values), Math.max(...values)];
   const x = (value) => LEFT + (side * (value - least)) / (largest - least || 1);
-  const both = ({ i, j }) => stays.has(i) && stays.has(j);
+  const both = ({ i, j }) => remain.has(i) && remain.has(j);
   const related = ({ i, j }) => layer.families && layer.families[i] === layer.families[j];
   const strip = TOP + side + 24;
   const parts = layer.names.map((name, i) => {
-    const looks = stays.has(i) ? "" : ' class="gone"';
+    const looks = remain.has(i) ? "" : ' class="gone"';
     const middle = place(i) + CELL / 2;
     const family = layer.families ? `${layer.families[i]} ` : "";
     return (
@@ -135,17 +135,17 @@ function inWords(layer, found, chosen, settings) {
     : `pairs have a mean NMI of ${mean(sums.others)}`;
   const lines = chosen.steps.map(
     (step) =>
-      `Expert ${named(step.removed)} goes: experts ${named(step.pair[0])} and ${named(step.pair[1])} have an NMI of ` +
-      `${step.nmi.toFixed(4)}; their means with all others are ${step.means.map((m) => m.toFixed(4)).join(" and ")}.`,
+      `Expert ${named(step.removed)} is removed: experts ${named(step.pair[0])} and ${named(step.pair[1])} have an NMI ` +
+      `of ${step.nmi.toFixed(4)}; their row means are ${step.means.map((m) => m.toFixed(4)).join(" and ")}.`,
   );
   root.querySelector("ol").innerHTML = lines.map((line) => `<li>${line}</li>`).join("");
   const lost = layer.families
     ? [...new Set(layer.families)].filter((f) => !chosen.kept.some((i) => layer.families[i] === f))
     : [];
-  const whole = !layer.families ? "" : lost.length ? ` No copy of ${lost.join(", ")} stays.` : " Every slice keeps a copy.";
+  const whole = !layer.families ? "" : lost.length ? ` No copy of ${lost.join(", ")} is kept.` : " One copy or more of every slice is kept.";
   return (
-    `${layer.title}, ${bins} bins: ${levels}. At tau = ${settings.tau.toFixed(2)} the limit rho is ` +
-    `${chosen.limit.toFixed(3)}, and ${chosen.kept.length} of ${R.length} experts stay: ` +
+    `${layer.title}, ${bins} bins: ${levels}. At tau = ${settings.tau.toFixed(2)} the threshold rho is ` +
+    `${chosen.limit.toFixed(3)}, and ${chosen.kept.length} of ${R.length} experts are kept: ` +
     `${chosen.kept.map(named).join(", ")}.${whole}`
   );
 }

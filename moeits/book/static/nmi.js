@@ -76,7 +76,7 @@ function nmiMatrix(block, bins) {
   return { R, fewest: Math.min(...numbers), most: Math.max(...numbers) };
 }
 
-// Algorithm 3: the limit, the removals and the experts that stay.
+// Algorithm 3: the threshold rho, the removals and the kept experts.
 function select(R, tau, diagonal) {
   const experts = R.length;
   const entries = [];
