@@ -600,6 +600,7 @@ _SHOWS_ALL = {
 _READS = {
     "trained-models": ("study/records/anatomy-*.json", "models/*/training.*"),
     "trained-selection": ("study/records/selection-*.json",),
+    "trained-healing": ("study/records/healed-*.json",),
     "laboratory": ("study/records/selection-*.json", "models/*-1/model.safetensors"),
 }
 
