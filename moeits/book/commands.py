@@ -10,7 +10,7 @@ from moeits.options import Command, profile_option, values
     repository=True,
     examples=(
         "moeits run --profile smoke",
-        "moeits run prune -p model=smol-qwen -p tau=0.75 --target prune-qwen",
+        "moeits run prune -p model=mini-qwen -p tau=0.75 --target prune-qwen",
     ),
 )
 @click.argument("notebook", required=False)

@@ -79,7 +79,10 @@ def standin(name: str, output: Path, overwrite: bool, num_layers: int, shrink: i
 
 
 @_command(
-    examples=("moeits ablate smol-qwen", "moeits ablate --profile paper --backend dask --scheduler ADDRESS")
+    examples=(
+        "moeits ablate mini-deepseek",
+        "moeits ablate --profile paper --backend dask --scheduler ADDRESS",
+    )
 )
 @click.argument("name", metavar="[MODEL]", required=False)
 @profile_option
@@ -103,7 +106,7 @@ def ablate(name: str | None, profile: str, backend: str | None, scheduler: str |
 
 
 @_command(
-    examples=("moeits rivals", "moeits rivals --model smol-qwen --method moeits --method reap --budget 0.5")
+    examples=("moeits rivals", "moeits rivals --model mini-qwen --method moeits --method reap --budget 0.5")
 )
 @profile_option
 @click.option(
