@@ -75,15 +75,22 @@ class _Shown(SphinxDirective):
 
 
 class Show(_Shown):
-    """Show a figure of another page once more, without number: ``{show} notebooks/PAGE fig-NAME``."""
+    """Show a figure or table of another page once more, without number: ``{show} notebooks/PAGE fig-NAME``."""
 
     required_arguments = 2
 
     def run(self) -> list[nodes.Node]:
-        """Write an image with its alternative text."""
+        """Write an image with its alternative text, or the rows of the table."""
         page, label = self.arguments
         side, seen = self.side(page, label)
         self.env.note_reread()
+        if label.startswith("tab-"):
+            texts = ["".join(cell["source"]) for cell in self.notebook(page)["cells"]]
+            table = next(text for text in texts if f":name: {label}\n" in text)
+            rows = [line for line in table.splitlines() if line.startswith("|")]
+            shown = nodes.container()
+            self.state.nested_parse(StringList(rows, source=self.env.docname), self.content_offset, shown)
+            return shown.children
         return [nodes.image(uri=Path(seen, f"{label}.svg").as_posix(), alt=side["alt"])]
 
 
