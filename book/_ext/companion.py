@@ -75,7 +75,7 @@ class _Shown(SphinxDirective):
 
 
 class Show(_Shown):
-    """Show a figure or table of another page once more, without number: ``{show} notebooks/PAGE fig-NAME``."""
+    """Show a figure or table of another page again, without number: ``{show} notebooks/PAGE fig-NAME``."""
 
     required_arguments = 2
 
