@@ -34,9 +34,9 @@ def _recipe() -> Recipe:
         learning_rate=3e-3,
         batch_size=8,
         accumulation=1,
-        steps=150,
+        steps=100,
         max_tokens=256,
-        save_every=150,
+        save_every=100,
     )
 
 
