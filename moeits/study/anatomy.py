@@ -350,9 +350,12 @@ def losses(
     bits = np.empty(len(read.ids))
     with torch.inference_mode():
         for rows, ids, valid in read.batches():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            nats = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double()
-            bits[rows] = (nats * valid[:, 1:]).sum(1).numpy() / math.log(2)
+            read_on = valid[:, 1:]
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1][read_on]
+            nats = torch.zeros(read_on.shape, dtype=torch.float64)
+            # Over contiguous rows: three times as fast as over a transposed dimension.
+            nats[read_on] = nn.functional.cross_entropy(logits, ids[:, 1:][read_on], reduction="none").double()
+            bits[rows] = nats.sum(1).numpy() / math.log(2)
             if see is not None:
                 see(rows, ids, valid)
     return bits
