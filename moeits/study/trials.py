@@ -5,7 +5,7 @@ in every layer, and of the unpruned model, document by document. What the traini
 from the records: a difference per training, its error over trainings, and one of four verdicts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from moeits.study.measurement import Measurement
 from moeits.study.records import Record, load, row
 
 STEP = "selection"
+"""The registered budgets."""
+FURTHER = "budgets"
+"""Budgets beside them, described without verdicts: three quarters, and half with one tau for all layers."""
 
 CRITERIA = (
     "frequency",
@@ -35,7 +38,10 @@ CRITERIA = (
 """Criteria of `moeits.criteria` that are compared with MoEITS at half of the experts."""
 
 
-_BUDGETS = ("own", "half")
+_BUDGETS = ("own", "half", "three quarters", "half, one tau")
+
+Subset = list[list[int]]
+"""Kept experts of every layer, ascending."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,33 @@ class Sizes:
     calibration: int = 8192
 
 
-def random_subset(counts: Sequence[int], experts: int, random: np.random.Generator) -> list[list[int]]:
+@dataclass(frozen=True)
+class Budget:
+    """Subsets with the same number of experts in every layer.
+
+    Attributes
+    ----------
+    counts : list of int
+        Kept experts of each layer.
+    methods : dict of str to Subset
+        What methods keep.
+    drawn : dict of str to list of Subset
+        Random subsets, by how they are drawn.
+    """
+
+    counts: list[int]
+    methods: dict[str, Subset]
+    drawn: dict[str, list[Subset]]
+
+
+def random_subset(counts: Sequence[int], experts: int, random: np.random.Generator) -> Subset:
     """Draw a subset of each layer's experts, uniformly among those of the given sizes."""
     return [sorted(random.choice(experts, count, replace=False).tolist()) for count in counts]
 
 
 def stratified_subset(
     counts: Sequence[int], experts: int, slices: int, random: np.random.Generator
-) -> list[list[int]]:
+) -> Subset:
     """Draw a subset that spreads over the slices as evenly as its size allows.
 
     Expert e is a copy of slice ``e % slices``. With as many experts as slices, each slice has one.
@@ -86,15 +111,17 @@ def stratified_subset(
     return drawn
 
 
-def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) -> Record:
+def measure(name: str, step: str = STEP, *, sizes: Sizes | None = None, folder: Path | None = None) -> Record:
     """Measure one training of the matched set, or read its record.
 
     Parameters
     ----------
     name : str
         Such as ``"upcycled-3"``.
-    sizes : Sizes
-        How much is measured.
+    step : {"selection", "budgets"}, default="selection"
+        Which budgets: see `STEP` and `FURTHER`.
+    sizes : Sizes, optional
+        How much is measured; by default what was registered, and 39 subsets for further budgets.
     folder : Path, optional
         Folder of the records; that of the study by default.
 
@@ -115,6 +142,7 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
     from moeits.study import anatomy, corpus, trained
 
     text = corpus.load("heldout")
+    sizes = sizes or (Sizes() if step == STEP else Sizes(subsets=39, stratified=0))
     inputs = {
         "model": name,
         "weights": trained.weights_digest(trained.find(name).folder),
@@ -125,81 +153,111 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
 
     def run() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         read = anatomy.sample(text, sizes.documents, sizes.context, anatomy.token_bytes())
-        return trial(name, trained.load(name), read, corpus.load("calibration").ids, sizes)
+        return trial(name, trained.load(name), read, corpus.load("calibration").ids, sizes, step)
 
     folder = folder or anatomy.RECORDS
-    return Measurement(folder, STEP, inputs, run, provenance={"device": "cpu", "dtype": "float32"}).answer()
+    return Measurement(folder, step, inputs, run, provenance={"device": "cpu", "dtype": "float32"}).answer()
 
 
 def trial(
-    name: str, model: Any, read: Any, calibration: np.ndarray, sizes: Sizes
+    name: str, model: Any, read: Any, calibration: np.ndarray, sizes: Sizes, step: str = STEP
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure a model in memory: see :func:`measure`."""
-    import torch
+    from moeits.models.families import moe_layers
+    from moeits.study import anatomy
 
-    from moeits import criteria
-    from moeits.criteria.statistics import gather, layers_of, random_tokens
-    from moeits.models.families import expert_block, moe_layers
-    from moeits.nmi import nmi_matrix
-    from moeits.selection import select_experts
-    from moeits.study import anatomy, trained
-
-    torch.set_num_threads(1)
-    layers = moe_layers(model)
-    experts, top_k = layers[0].num_experts, layers[0].top_k
-    seed = trained.find(name).seed
-    slices = trained.SLICES if not name.startswith("scratch") else None
-    redundancy = [nmi_matrix(expert_block(layer)) for layer in layers]
-    own = [list(select_experts(R, sizes.tau, at_least=top_k).kept) for R in redundancy]
-    blocks = calibration[: sizes.calibration // 256 * 256].astype(np.int64).reshape(-1, 256)
-    described = layers_of(
-        model, gather(model, blocks), probe=gather(model, random_tokens(model, sizes.calibration, seed=seed))
-    )
-    kept = {
-        "half": {"moeits": [list(select_experts(R, n_keep=experts // 2).kept) for R in redundancy]}
-        | {
-            method: [list(one) for one in criteria.select(method, described, n_keep=experts // 2).values()]
-            for method in CRITERIA
-        },
-    }
-    if slices:  # the budget that was registered for upcycled experts
-        kept["own"] = {"moeits": own}
+    experts = moe_layers(model)[0].num_experts
     unpruned = anatomy.losses(model, read)
     details: dict[str, Any] = {
         "bytes": read.size.tolist(),
         "domain": read.domain.tolist(),
-        "unpruned": _short(unpruned),
+        "unpruned": rounded(unpruned),
         "budgets": {},
     }
-    rows = [_row(name, "unpruned", 1.0, unpruned, read.size)]
-    for budget, methods in kept.items():
-        counts = [len(one) for one in methods["moeits"]]
-        share = sum(counts) / (experts * len(counts))
-        random = np.random.default_rng([seed, _BUDGETS.index(budget)])
-        drawn = {"subsets": [random_subset(counts, experts, random) for _ in range(sizes.subsets)]}
-        if slices and budget == "own":
-            drawn["stratified"] = [
-                stratified_subset(counts, experts, slices, random) for _ in range(sizes.stratified)
-            ]
-        told: dict[str, Any] = {"counts": counts, "methods": {}}
-        for method, chosen in methods.items():
-            bits = anatomy.subsets(model, read, [chosen])[0]
-            told["methods"][method] = {"kept": chosen, "bits": _short(bits)}
-            rows.append(_row(name, f"{method}, {budget}", share, bits, read.size))
-        for kind, subsets in drawn.items():
+    rows = [loss_row(name, "unpruned", 1.0, unpruned, read.size)]
+    for title, budget in budgets(name, model, calibration, sizes, step).items():
+        share = float(np.mean(budget.counts)) / experts
+        told: dict[str, Any] = {"counts": budget.counts, "methods": {}}
+        for method, kept in budget.methods.items():
+            bits = anatomy.subsets(model, read, [kept])[0]
+            told["methods"][method] = {"kept": kept, "bits": rounded(bits)}
+            rows.append(loss_row(name, f"{method}, {title}", share, bits, read.size))
+        for kind, subsets in budget.drawn.items():
             bits = anatomy.subsets(model, read, subsets)
-            told[kind] = _short(bits.sum(1))
-            told[f"mean of {kind}"] = _short(bits.mean(0))
-            rows.append(_row(name, f"{kind}, {budget}", share, bits.mean(0), read.size))
-        details["budgets"][budget] = told
+            told[kind] = rounded(bits.sum(1))
+            told[f"mean of {kind}"] = rounded(bits.mean(0))
+            rows.append(loss_row(name, f"{kind}, {title}", share, bits.mean(0), read.size))
+        details["budgets"][title] = told
     return rows, details
 
 
-def _short(values: np.ndarray) -> list[float]:
+def budgets(name: str, model: Any, calibration: np.ndarray, sizes: Sizes, step: str) -> dict[str, Budget]:
+    """Choose what is kept at each budget of a step, by every method and at random."""
+    from moeits.models.families import expert_block, moe_layers
+    from moeits.nmi import nmi_matrix
+    from moeits.selection import select_experts, select_share
+    from moeits.study import trained
+
+    layers = moe_layers(model)
+    experts, top_k = layers[0].num_experts, layers[0].top_k
+    seed = trained.find(name).seed
+    slices = trained.SLICES if not name.startswith("scratch") else None
+    redundancy = {layer.layer: nmi_matrix(expert_block(layer), n_jobs=1) for layer in layers}
+    choose = chooser(model, calibration, sizes.calibration, seed)
+
+    def budget(title: str, counts: list[int], methods: Sequence[str]) -> Budget:
+        random = np.random.default_rng([seed, _BUDGETS.index(title)])
+        drawn = {"subsets": [random_subset(counts, experts, random) for _ in range(sizes.subsets)]}
+        if slices and title == "own":
+            drawn["stratified"] = [
+                stratified_subset(counts, experts, slices, random) for _ in range(sizes.stratified)
+            ]
+        kept = zip(redundancy.values(), counts, strict=True)
+        chosen = {"moeits": [list(select_experts(R, n_keep=count).kept) for R, count in kept]}
+        return Budget(counts, chosen | {method: choose(method, counts) for method in methods}, drawn)
+
+    if step == FURTHER:
+        _, half = select_share(redundancy, 0.5, at_least=top_k)
+        return {
+            "three quarters": budget("three quarters", [experts * 3 // 4] * len(layers), CRITERIA),
+            "half, one tau": budget("half, one tau", [len(one.kept) for one in half.values()], CRITERIA),
+        }
+    found = {"half": budget("half", [experts // 2] * len(layers), CRITERIA)}
+    if slices:  # the budget that was registered for upcycled experts
+        own = [len(select_experts(R, sizes.tau, at_least=top_k).kept) for R in redundancy.values()]
+        found["own"] = budget("own", own, ())
+    return found
+
+
+def chooser(
+    model: Any, calibration: np.ndarray, tokens: int, seed: int
+) -> Callable[[str, Sequence[int]], Subset]:
+    """Let criteria read a model and text, and return the function (method, counts) -> what it keeps."""
+    import torch
+
+    from moeits import criteria
+    from moeits.criteria.statistics import gather, layers_of, random_tokens
+
+    torch.set_num_threads(1)
+    blocks = calibration[: tokens // 256 * 256].astype(np.int64).reshape(-1, 256)
+    layers = layers_of(
+        model, gather(model, blocks), probe=gather(model, random_tokens(model, tokens, seed=seed))
+    )
+
+    def choose(method: str, counts: Sequence[int]) -> Subset:
+        kept = criteria.select(method, layers, counts=dict(zip(layers, counts, strict=True)))
+        return [list(one) for one in kept.values()]
+
+    return choose
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    """Bits of documents, to a thousandth."""
     return [round(float(value), 3) for value in values]
 
 
-def _row(name: str, method: str, share: float, bits: np.ndarray, size: np.ndarray) -> dict[str, Any]:
+def loss_row(name: str, method: str, share: float, bits: np.ndarray, size: np.ndarray) -> dict[str, Any]:
+    """Row of a record: bits per byte over documents."""
     from moeits.evaluation import ratio
 
     value, stderr = ratio(bits, size)
@@ -217,13 +275,18 @@ def _row(name: str, method: str, share: float, bits: np.ndarray, size: np.ndarra
     )
 
 
-def measure_all(names: Sequence[str] = (), *, jobs: int = 1, sizes: Sizes = Sizes()) -> list[Record]:
+def measure_all(names: Sequence[str] = (), *, jobs: int = 1) -> list[Record]:
     """Measure finished trainings of the matched set that have no record yet; all of them without `names`."""
+    ready = matched(names)
+    return Parallel(n_jobs=jobs)(delayed(measure)(name, step) for step in (STEP, FURTHER) for name in ready)
+
+
+def matched(names: Sequence[str] = ()) -> list[str]:
+    """Finished trainings of the matched set, seed by seed; those among `names`, where there are any."""
     from moeits.study import trained
 
-    matched = [f"{kind}-{seed}" for seed in trained.SEEDS for kind in trained.INITIALISATIONS]
-    ready = [name for name in matched if name in trained.finished() and (not names or name in names)]
-    return Parallel(n_jobs=jobs)(delayed(measure)(name, sizes=sizes) for name in ready)
+    every = [f"{kind}-{seed}" for seed in trained.SEEDS for kind in trained.INITIALISATIONS]
+    return [name for name in every if name in trained.finished() and (not names or name in names)]
 
 
 # What the trainings say together
@@ -235,7 +298,7 @@ def differences(records: Iterable[Record]) -> pd.DataFrame:
     Parameters
     ----------
     records : iterable of Record
-        Of the step `STEP`.
+        Of the steps `STEP` and `FURTHER`.
 
     Returns
     -------
@@ -335,8 +398,76 @@ def summary(table: pd.DataFrame, budget: str = "half") -> pd.DataFrame:
     return rows.assign(discovered=stats.false_discovery_control(rows.p) <= 0.1)
 
 
-def committed(folder: Path | None = None) -> list[Record]:
-    """Read the records of the registered experiment that are there."""
+def factors(table: pd.DataFrame) -> pd.DataFrame:
+    """Separate which experts are kept (order) from how many in each layer (spread), at half of all experts.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See :func:`differences`; of both steps.
+
+    Returns
+    -------
+    DataFrame
+        Per ``initialisation`` and ``factor``, the columns of :class:`Estimate` over trainings, in bits per
+        byte: ``spread``, random subsets with the counts that one tau gives minus random halves of every
+        layer; and for each method its order, against random subsets with its counts: ``METHOD, equal counts``
+        and ``METHOD, one tau``.
+    """
+    titles = {"half": "equal counts", "half, one tau": "one tau"}
+    half = table[table.budget.isin(titles)]
+    costs = half[half.method == "moeits"].pivot_table(
+        index=["initialisation", "seed"], columns="budget", values="cost"
+    )
+    spread = (costs["half, one tau"] - costs["half"]).dropna().rename("delta").reset_index()
+    orders = half.assign(factor=half.method + ", " + half.budget.map(titles))
+    both = pd.concat([spread.assign(factor="spread"), orders[["initialisation", "factor", "delta"]]])
+    return estimates(both, ["initialisation", "factor"])
+
+
+def estimates(table: pd.DataFrame, by: Sequence[str], value: str = "delta") -> pd.DataFrame:
+    """Estimate a value over trainings, in every group that has two or more."""
+    return pd.DataFrame(
+        [
+            dict(zip(by, names, strict=True)) | asdict(estimate(own[value].to_numpy()))
+            for names, own in table.groupby(list(by), sort=False)
+            if len(own) > 1
+        ]
+    )
+
+
+def by_domain(records: Iterable[Record]) -> pd.DataFrame:
+    """Tabulate each method against the mean of the random subsets, on the documents of each domain.
+
+    Returns
+    -------
+    DataFrame
+        ``initialisation``, ``seed``, ``budget``, ``method``, ``domain`` (its number) and ``delta``, in bits
+        per byte.
+    """
+    rows = []
+    for record in records:
+        details, (kind, _, seed) = record.details, record.inputs["model"].rpartition("-")
+        size, domain = np.array(details["bytes"]), np.array(details["domain"])
+        for budget, told in details["budgets"].items():
+            for method, one in told["methods"].items():
+                bits = np.array(one["bits"]) - np.array(told["mean of subsets"])
+                rows += [
+                    {
+                        "initialisation": kind,
+                        "seed": int(seed),
+                        "budget": budget,
+                        "method": method,
+                        "domain": int(number),
+                        "delta": bits[domain == number].sum() / size[domain == number].sum(),
+                    }
+                    for number in np.unique(domain)
+                ]
+    return pd.DataFrame(rows)
+
+
+def committed(step: str = STEP, folder: Path | None = None) -> list[Record]:
+    """Read the records of a step that are there; those of the registered budgets by default."""
     from moeits.machine.paths import DATA
 
-    return load(folder or DATA / "study" / "records", STEP)
+    return load(folder or DATA / "study" / "records", step)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from moeits.study import trials
+from moeits.study import anatomy, bounds, trials
 from moeits.study.records import Record
 
 
@@ -144,3 +144,103 @@ def test_the_finding_says_what_the_sequence_did_not_reach():
     told = finding(trials.hypotheses(decided), decided)
     assert "it is equivalent to any choice of one expert" in told
     assert "an estimate only" not in told
+
+
+def test_spread_and_order_are_told_apart():
+    records = []
+    for seed, noise in enumerate((-0.1, 0.0, 0.1, 0.05, -0.05)):
+        equal = record("scratch", seed, method=10 + noise, subsets=(11.0, 13.0))
+        one_tau = record("scratch", seed, method=20 + noise, subsets=(15.0 - noise, 17.0))
+        equal.details["budgets"] = {"half": equal.details["budgets"]["half"]}
+        one_tau.details["budgets"] = {"half, one tau": one_tau.details["budgets"]["half"]}
+        records += [equal, one_tau]
+    found = trials.factors(trials.differences(records)).set_index("factor")
+    assert found.loc["spread", "mean"] == pytest.approx((16 - 12) / 8)
+    assert found.loc["moeits, equal counts", "mean"] == pytest.approx((10 - 12) / 8)
+    assert found.loc["moeits, one tau", "mean"] == pytest.approx((20 - 16) / 8)
+    assert (found.n == 5).all()
+
+
+def test_domains_are_tabulated_apart():
+    one = record("scratch", 1)
+    half = one.details["budgets"]["half"]
+    half["methods"]["moeits"]["bits"] = [3.0, 9.0]
+    half["mean of subsets"] = [5.0, 5.0]
+    found = trials.by_domain([one]).query("budget == 'half'").set_index("domain")
+    assert found.delta.to_dict() == {0: -2 / 4, 1: 4 / 4}
+
+
+@pytest.fixture
+def sparse_model():
+    import torch
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", ["upcycled-1", "scratch-1"])
+def test_every_subset_of_a_budget_has_its_counts(sparse_model, name):
+    calibration = np.random.default_rng(0).integers(1, 64, 512)
+    sizes = trials.Sizes(subsets=3, stratified=2, calibration=512)
+    found = {
+        title: budget
+        for step in (trials.STEP, trials.FURTHER)
+        for title, budget in trials.budgets(name, sparse_model, calibration, sizes, step).items()
+    }
+    assert found["half"].counts == [4, 4]
+    assert found["three quarters"].counts == [6, 6]
+    assert sum(found["half, one tau"].counts) in (7, 8, 9)
+    assert ("own" in found) == (name == "upcycled-1")
+    for title, budget in found.items():
+        assert ("stratified" in budget.drawn) == (title == "own")
+        subsets = [*budget.methods.values(), *(one for drawn in budget.drawn.values() for one in drawn)]
+        assert len(subsets) == (1 + 3 + 2 if title == "own" else len(trials.CRITERIA) + 1 + 3)
+        for subset in subsets:
+            assert [len(layer) for layer in subset] == budget.counts
+            assert all(layer == sorted(set(layer)) for layer in subset)
+
+
+def test_a_trial_of_further_budgets_is_tabulated_like_the_registered(sparse_model):
+    random = np.random.default_rng(0)
+    read = anatomy.Sample(
+        [random.integers(1, 64, 9) for _ in range(4)], np.array([0, 0, 1, 1]), np.full(4, 20)
+    )
+    sizes = trials.Sizes(subsets=2, calibration=512)
+    rows, details = trials.trial(
+        "btm-1", sparse_model, read, random.integers(1, 64, 512), sizes, trials.FURTHER
+    )
+    table = trials.differences([Record(trials.FURTHER, {"model": "btm-1"}, rows, details)])
+    assert set(table.budget) == {"three quarters", "half, one tau"}
+    assert len(table) == 2 * (1 + len(trials.CRITERIA))
+    assert {row["kept_share"] for row in rows if "quarters" in row["method"]} == {0.75}
+    one = table[table.budget == "three quarters"].set_index("method").loc["moeits"]
+    kept = details["budgets"]["three quarters"]["methods"]["moeits"]["kept"]
+    bits = anatomy.subsets(sparse_model, read, [kept]).sum()
+    mean = np.mean(details["budgets"]["three quarters"]["subsets"])
+    assert one.delta == pytest.approx((bits - mean) / 80, abs=1e-4)
+
+
+def test_greedy_removal_finds_what_matters_least():
+    worth = np.array([[5.0, 1.0, 4.0, 3.0], [0.1, 9.0, 0.2, 8.0]])
+
+    def loss(kept):
+        return -sum(worth[layer, expert] for layer, one in enumerate(kept) for expert in one)
+
+    assert bounds.greedy(loss, experts=4, layers=2, floor=2) == [[0, 2], [1, 3]]
+
+
+def test_the_best_of_all_subsets_is_judged_on_text_that_did_not_choose_it():
+    bits = np.array([[1.0, 30.0], [20.0, 2.0], [8.0, 8.0]])  # subsets x halves of the documents
+    assert bounds.best_elsewhere(bits) == pytest.approx((30 + 20) / 2)
