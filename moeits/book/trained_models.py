@@ -19,6 +19,7 @@ from moeits.evaluation import ratio
 from moeits.machine.paths import DATA
 from moeits.study import records
 from moeits.study.records import Record
+from moeits.study.relatedness import square
 from moeits.study.trials import estimate
 
 MODELS = DATA / "models"
@@ -582,14 +583,6 @@ def ancestry_figure(measured: Sequence[Record], models: Path = MODELS) -> tuple[
     handles = [mpl.lines.Line2D([], [], color=COLOUR[kind], marker="") for kind in shown]
     fig.legend(handles, shown, loc="outside upper center", ncols=4, fontsize=8)
     return fig, data
-
-
-def square(above: Sequence[float]) -> np.ndarray:
-    """Rebuild a symmetric matrix, diagonal zero, from the part above the diagonal, row by row."""
-    side = int((1 + np.sqrt(1 + 8 * len(above))) // 2)
-    matrix = np.zeros((side, side))
-    matrix[np.triu_indices(side, 1)] = above
-    return matrix + matrix.T
 
 
 def _layers(record: Record, key: str) -> list[tuple[int, Any]]:
