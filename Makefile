@@ -12,7 +12,7 @@ RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study
+.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study study-full
 .PHONY: bench paper-check reference check-records interop wheel clean
 
 help: ## list the targets
@@ -73,6 +73,9 @@ train: env ## train MODEL of data/models and what it needs (all models without i
 
 study: env ## measure what the study says of the trained models, where it has no record yet
 	$(RUN)moeits study
+
+study-full: env ## the same, and the upper bounds and planted duplicates (hours; resumes)
+	$(RUN)moeits study --full
 
 bench: env ## time the NMI on layers of the paper's exact shapes, and the scoring of questions
 	$(RUN)python benchmarks/nmi.py

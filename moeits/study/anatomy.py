@@ -354,7 +354,9 @@ def losses(
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1][read_on]
             nats = torch.zeros(read_on.shape, dtype=torch.float64)
             # Over contiguous rows: three times as fast as over a transposed dimension.
-            nats[read_on] = nn.functional.cross_entropy(logits, ids[:, 1:][read_on], reduction="none").double()
+            nats[read_on] = nn.functional.cross_entropy(
+                logits, ids[:, 1:][read_on], reduction="none"
+            ).double()
             bits[rows] = nats.sum(1).numpy() / math.log(2)
             if see is not None:
                 see(rows, ids, valid)

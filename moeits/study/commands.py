@@ -31,18 +31,20 @@ def train(names: Sequence[str], jobs: int) -> None:
     cards.write_cards()
 
 
-@_command(examples=("moeits study", "moeits study upcycled-1 scratch-1"))
+@_command(examples=("moeits study", "moeits study upcycled-1 scratch-1", "moeits study --full"))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--full", is_flag=True, help="Measure upper bounds and planted duplicates, too: hours.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
-def study(names: Sequence[str], jobs: int) -> None:
+def study(names: Sequence[str], full: bool, jobs: int) -> None:
     """Measure the trained models of data/models, or those NAMEd, into data/study/records.
 
     What has a record is not measured again.
     """
-    from moeits.study import anatomy, trials
+    from moeits.study import anatomy, bounds, duplicates, relatedness, trials
 
-    for record in [*anatomy.measure_all(names, jobs=jobs), *trials.measure_all(names, jobs=jobs)]:
-        click.echo(f"{record.step} {record.inputs['model']}: {record.id}")
+    for part in (anatomy, trials, relatedness, *((bounds, duplicates) if full else ())):
+        for record in part.measure_all(names, jobs=jobs):
+            click.echo(f"{record.step} {record.inputs['model']}: {record.id}")
 
 
 @_command(examples=("moeits miniature smol-qwen -o path/to/smol-qwen",))
