@@ -467,7 +467,14 @@ def by_domain(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def committed(step: str = STEP, folder: Path | None = None) -> list[Record]:
-    """Read the records of a step that are there; those of the registered budgets by default."""
+    """Read the records of a step; those of the registered budgets by default.
+
+    An initialisation of which fewer trainings are measured than of another one waits until it is complete.
+    """
     from moeits.machine.paths import DATA
 
-    return load(folder or DATA / "study" / "records", step)
+    kinds: dict[str, list[Record]] = {}
+    for record in load(folder or DATA / "study" / "records", step):
+        kinds.setdefault(record.inputs["model"].rpartition("-")[0], []).append(record)
+    most = max(map(len, kinds.values()), default=0)
+    return [record for own in kinds.values() if len(own) == most for record in own]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from moeits.study import anatomy, bounds, trials
+from moeits.study import anatomy, bounds, records, trials
 from moeits.study.records import Record
 
 
@@ -105,12 +105,12 @@ def test_percentiles_are_significant_at_the_registered_bounds():
 
 def _table(own, stratified, scratch):
     rng = np.random.default_rng(0)
-    records = []
+    trainings = []
     for seed in range(1, 6):
         noise = rng.normal(scale=0.02)
-        records.append(record("upcycled", seed, method=own + noise, stratified=stratified + noise))
-        records.append(record("scratch", seed, method=scratch + rng.normal(scale=0.02)))
-    return trials.differences(records)
+        trainings.append(record("upcycled", seed, method=own + noise, stratified=stratified + noise))
+        trainings.append(record("scratch", seed, method=scratch + rng.normal(scale=0.02)))
+    return trials.differences(trainings)
 
 
 def test_the_sequence_of_hypotheses_stops_at_the_first_that_is_undecided():
@@ -147,14 +147,14 @@ def test_the_finding_says_what_the_sequence_did_not_reach():
 
 
 def test_spread_and_order_are_told_apart():
-    records = []
+    both = []
     for seed, noise in enumerate((-0.1, 0.0, 0.1, 0.05, -0.05)):
         equal = record("scratch", seed, method=10 + noise, subsets=(11.0, 13.0))
         one_tau = record("scratch", seed, method=20 + noise, subsets=(15.0 - noise, 17.0))
         equal.details["budgets"] = {"half": equal.details["budgets"]["half"]}
         one_tau.details["budgets"] = {"half, one tau": one_tau.details["budgets"]["half"]}
-        records += [equal, one_tau]
-    found = trials.factors(trials.differences(records)).set_index("factor")
+        both += [equal, one_tau]
+    found = trials.factors(trials.differences(both)).set_index("factor")
     assert found.loc["spread", "mean"] == pytest.approx((16 - 12) / 8)
     assert found.loc["moeits, equal counts", "mean"] == pytest.approx((10 - 12) / 8)
     assert found.loc["moeits, one tau", "mean"] == pytest.approx((20 - 16) / 8)
@@ -168,6 +168,15 @@ def test_domains_are_tabulated_apart():
     half["mean of subsets"] = [5.0, 5.0]
     found = trials.by_domain([one]).query("budget == 'half'").set_index("domain")
     assert found.delta.to_dict() == {0: -2 / 4, 1: 4 / 4}
+
+
+def test_an_initialisation_waits_until_all_its_trainings_are_measured(tmp_path):
+    for kind, seeds in (("scratch", (1, 2)), ("upcycled", (1, 2)), ("btm", (1,))):
+        for seed in seeds:
+            records.write(tmp_path, record(kind, seed))
+    found = [one.inputs["model"] for one in trials.committed(folder=tmp_path)]
+    assert sorted(found) == ["scratch-1", "scratch-2", "upcycled-1", "upcycled-2"]
+    assert trials.committed("other", tmp_path) == []
 
 
 @pytest.fixture
