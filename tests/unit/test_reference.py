@@ -6,6 +6,7 @@ import pytest
 
 from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import DATA, ROOT
+from moeits.models.safetensors import fingerprint
 from moeits.study import profiles, records, reference
 from moeits.study.comparison import Comparison
 from moeits.study.measurement import Measurement
@@ -99,10 +100,14 @@ def test_what_is_committed_are_records_of_a_profile(folder):
 
 
 def test_committed_records_are_found_by_todays_settings(monkeypatch):
-    """On any machine: what a laptop model is made of counts, not the bytes that came out."""
+    """On any machine: what the split model is made of counts, not the bytes that came out."""
     profile = profiles.load("laptop", device="cpu", dtype="bfloat16")
     committed = records.load(reference.REFERENCE)
-    monkeypatch.setattr(Study, "fingerprint", "of this machine")
+    monkeypatch.setattr(
+        Study,
+        "fingerprint",
+        property(lambda of: "of this machine" if "miniature" in of.source else fingerprint(of.folder)),
+    )
     kept = {
         (record.inputs["model"], record.inputs["tau"]): record.inputs["kept"]
         for record in committed
@@ -134,7 +139,7 @@ def test_committed_records_are_found_by_todays_settings(monkeypatch):
             }
             assert ours <= {one.identity for one in asked}, (name, step)
             found |= ours
-    assert len(found) > 500
+    assert len(found) > 50
 
 
 def test_committed_records_are_measured_again_and_compared(tmp_path):
