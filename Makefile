@@ -74,7 +74,7 @@ train: env ## train MODEL of data/models and what it needs (all models without i
 study: env ## measure what the study says of the trained models, where it has no record yet
 	$(RUN)moeits study
 
-study-full: env ## the same, and the upper bounds and planted duplicates (hours; resumes)
+study-full: env ## the same, and the upper bounds, planted duplicates and healing (hours; resumes)
 	$(RUN)moeits study --full
 
 bench: env ## time the NMI on layers of the paper's exact shapes, and the scoring of questions
