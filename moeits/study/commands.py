@@ -33,7 +33,7 @@ def train(names: Sequence[str], jobs: int) -> None:
 
 @_command(examples=("moeits study", "moeits study upcycled-1 scratch-1", "moeits study --full"))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--full", is_flag=True, help="Measure upper bounds, planted duplicates and healing, too: hours.")
+@click.option("--full", is_flag=True, help="Measure bounds, planted duplicates and healing, too: hours.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
 def study(names: Sequence[str], full: bool, jobs: int) -> None:
     """Measure the trained models of data/models, or those NAMEd, into data/study/records.
