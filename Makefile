@@ -5,8 +5,8 @@ PROFILE ?= laptop
 VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
-# Nothing is fetched once the packages are installed; the paper profile reads from the model hub.
-OFFLINE := $(if $(filter paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
+# Nothing is fetched once the packages are installed; two profiles read from the model hub.
+OFFLINE := $(if $(filter small paper,$(PROFILE)),,HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
 RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/
 # Two processes of one thread each; the tests of a file, and all of the book's, run in one process.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadscope --no-loadscope-reorder

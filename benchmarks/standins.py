@@ -15,7 +15,7 @@ import click
 
 from moeits.machine.keys import file_digest
 from moeits.machine.paths import DATA
-from moeits.study import records
+from moeits.study import paper, records
 from moeits.study.measurement import Measurement
 from moeits.study.standin import names
 
@@ -73,7 +73,7 @@ def measure(name: str, layers: int, shrink: int, disk: Path | None) -> list[dict
 def main(models: tuple[str, ...], layers: int, shrink: int, disk: Path | None, profile: str) -> None:
     """Make, measure, prune, heal, score and load stand-ins for MODELS (all three by default)."""
     folder = DATA / "results" / profile
-    for name in models or names():
+    for name in models or [name for name, of in names().items() if of in paper.models()]:
         take = partial(measure, name, layers, shrink, disk)
         measurement = Measurement(
             folder,

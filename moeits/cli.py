@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -280,7 +281,7 @@ def _budget(**budget: object) -> dict[str, object]:
 @click.argument("model")
 @output("Folder to make.", required=True)
 @_tau
-@click.option("--kept", type=_path, help="The kept.json that lists the experts to keep.")
+@click.option("--kept", type=_path, help="The kept.json that lists the experts to keep, or C-Prune's list.")
 @_n_keep
 @_share
 @_uniform
@@ -289,6 +290,10 @@ def _budget(**budget: object) -> dict[str, object]:
 @_at_least
 @click.option("--at-least-top-k", is_flag=True, help="Keep at least as many experts as a token uses.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Threads for the NMI.  [default: all cores]")
+@click.option(
+    "--pad", is_flag=True, help="Fill layers up to equally many experts; the new ones are never used."
+)
+@click.option("--drop-mtp", is_flag=True, help="Leave out layers for multi-token prediction.")
 @click.option("--trust-remote-code", is_flag=True, help="Carry the code of a tokenizer or processor along.")
 def prune(
     model: str,
@@ -304,6 +309,8 @@ def prune(
     at_least: int | None,
     at_least_top_k: bool,
     n_jobs: int | None,
+    pad: bool,
+    drop_mtp: bool,
     trust_remote_code: bool,
 ) -> None:
     """Remove experts from a checkpoint, file by file, without loading it, or from a GGUF file.
@@ -328,12 +335,19 @@ def prune(
             "--tau keeps different numbers of experts, and a GGUF file holds one number for all layers: "
             "add --uniform, or give --share or --n-keep"
         )
+    if is_gguf and (pad or drop_mtp):
+        raise click.UsageError(
+            "--pad and --drop-mtp are for checkpoint folders: convert such a folder to GGUF"
+        )
+    beside = {"drop_mtp": True} if drop_mtp else {}
     check = gguf.check_prunable if is_gguf else checkpoint.check_prunable
     place = nullcontext(output) if is_gguf else options.new_folder(output, overwrite, model)
     with place as target:
-        limits = check(model, target, **numbers, at_least=at_least, at_least_top_k=at_least_top_k)
+        limits = check(model, target, **numbers, at_least=at_least, at_least_top_k=at_least_top_k, **beside)
         if kept is not None:
-            choice = Kept.read(kept)
+            choice = Kept.read(
+                kept, partial(gguf.expert_counts if is_gguf else checkpoint.expert_counts, model)
+            )
             if numbers or uniform:
                 from moeits.criteria.folder import select_again
 
@@ -349,13 +363,18 @@ def prune(
         if is_gguf:
             gguf.prune_gguf(model, target, choice, progress=progress)
         else:
-            carried = {"trust_remote_code": trust_remote_code, "progress": progress}
-            checkpoint.prune_checkpoint(model, target, choice, **carried)
+            carried = {"pad": pad, "trust_remote_code": trust_remote_code, "progress": progress}
+            checkpoint.prune_checkpoint(model, target, choice, **carried, **beside)
     if is_gguf:
         for file in (Path(model), output):
             click.echo(f"{file}: {gguf.read_gguf(file)}, {file.stat().st_size:,} bytes")
     else:
         _print_sizes(_sizes(output))
+        if len(set(_sizes(output)["now"]["experts"].values())) > 1:
+            note(
+                "vLLM, SGLang and llama.cpp read one number of experts for all layers: --uniform keeps one, "
+                "--pad fills up to one where the router has a bias"
+            )
 
 
 @main.command(

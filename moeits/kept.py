@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Number of the form of ``kept.json``; a file without one was written before there were numbers."""
+
+PADDED = "padded"
+"""Key of a budget that says that layers were filled up to equally many experts."""
 
 
 def versions() -> dict[str, str]:
@@ -94,8 +97,16 @@ class Kept:
             part.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: str | Path) -> "Kept":
+    def read(cls, path: str | Path, experts: Callable[[], Mapping[int, int]] | None = None) -> "Kept":
         """Read ``kept.json``; one that an older release wrote, with a warning.
+
+        Parameters
+        ----------
+        path : str or Path
+            It, or a ``..._prune.json`` of C-Prune, which lists by layer the experts to remove.
+        experts : callable, optional
+            Gives the experts of every layer of the model, without which a list of experts to remove says
+            nothing of those to keep.
 
         Raises
         ------
@@ -110,7 +121,7 @@ class Kept:
             raise MissingError(f"{path} does not exist: make it with `moeits select`") from error
         except ValueError as error:
             raise MoeitsError(f"{path} is not a valid kept.json: {error}") from error
-        return cls.from_json(text, path)
+        return cls.from_json(text, path, experts)
 
     def to_json(self) -> str:
         """Write what a ``kept.json`` holds."""
@@ -120,10 +131,14 @@ class Kept:
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: object) -> "Kept":
+    def from_json(
+        cls, text: str, where: object, experts: Callable[[], Mapping[int, int]] | None = None
+    ) -> "Kept":
         """Read what a ``kept.json`` holds; errors, as of :meth:`read`, name `where` it is from."""
         try:
             content = json.loads(text)
+            if content and all(key.isdigit() and isinstance(ids, list) for key, ids in content.items()):
+                return cls._without({int(key): ids for key, ids in content.items() if ids}, where, experts)
             schema = content.pop("schema", None)
             if schema is None:
                 content |= {"top_k": {}, "versions": {}}
@@ -137,7 +152,10 @@ class Kept:
             content["top_k"] = {layer: tuple(pair) for layer, pair in content["top_k"].items()}
             kept = cls(**content)
         except KeyError as error:
-            raise MoeitsError(f"{where} is not a kept.json: it has no {error.args[0]!r}") from error
+            raise MoeitsError(
+                f"{where} is not a kept.json: it has no {error.args[0]!r}. Of other tools' lists, C-Prune's "
+                "*_prune.json is read; REAP and llm-compressor write none"
+            ) from error
         except (ValueError, TypeError, AttributeError) as error:
             raise MoeitsError(f"{where} is not a valid kept.json: {error}") from error
         if schema is None:
@@ -148,6 +166,26 @@ class Kept:
                 stacklevel=3,
             )
         return kept
+
+    @classmethod
+    def _without(
+        cls, removed: Mapping[int, list], where: object, experts: Callable[[], Mapping[int, int]] | None
+    ) -> "Kept":
+        if experts is None:
+            raise MoeitsError(
+                f"{where} lists experts to remove: `moeits prune --kept` takes it, with the model"
+            )
+        counts = experts()
+        for layer, ids in removed.items():
+            if bad := sorted(set(ids) - set(range(counts.get(layer, 0)))):
+                raise MoeitsError(
+                    f"{where}: layer {layer} has no experts {bad}: the list is for another model"
+                )
+        layers = {
+            layer: tuple(expert for expert in range(count) if expert not in removed.get(layer, ()))
+            for layer, count in counts.items()
+        }
+        return cls(layers, counts, criterion="C-Prune")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine import devices
 from moeits.machine.paths import CACHE, DATA
-from moeits.study import comparison, paper, profiles, records
+from moeits.study import comparison, paper, profiles, records, standin
 from moeits.study.profiles import ModelSettings, Profile
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ class Machine:
     dtype: str = "bfloat16"
 
 
-# Memory, dense bfloat16 operations per second and power, as the makers' data sheets have them.
+# Memory, dense bfloat16 (T4: float16) operations per second and power, as the makers' data sheets have them.
 GPUS = {
+    "t4": (16e9, 65e12, 70),
     "rtx-4090": (24e9, 165e12, 450),
     "a100-80gb": (80e9, 312e12, 400),
     "h100": (80e9, 989e12, 700),
@@ -126,7 +127,7 @@ def demands(profile: Profile, machine: Machine) -> list[Demand]:
     Parameters
     ----------
     profile : Profile
-        The settings. Its models must be the paper's, or folders that exist.
+        The settings. Its models must be the paper's, of the small profile, or folders that exist.
     machine : Machine
         Where it shall run.
 
@@ -168,9 +169,7 @@ def standin_memory(name: str, layers: int, recipe: Recipe) -> dict[str, float]:
     dict of str to float
         Bytes for ``nmi``, ``heal`` and ``evaluate``, the commands of the package.
     """
-    from moeits.study.standin import names
-
-    config = _paper_config(paper.models()[names()[name]], num_hidden_layers=layers)
+    config = _paper_config(standin.shapes()[standin.names()[name]], num_hidden_layers=layers)
     profile = profiles.load("paper").model_copy(update={"healing": recipe})
     costs = _Costs(profile, config, find_machine("h100"), 0)
     return {"nmi": costs.nmi("")[1], "heal": costs.healing("lora")[1], "evaluate": costs.scores("")[1]}
@@ -338,8 +337,8 @@ def _config(settings: ModelSettings) -> "PreTrainedConfig":
 
         return read_config(trained.finished_folder(rest))
     if kind == "hub":
-        for model in paper.models().values():
-            if model["checkpoint"] == rest:
+        for model in standin.shapes().values():
+            if rest in [model["checkpoint"], *model.get("like", [])]:
                 return _paper_config(model)
         return AutoConfig.from_pretrained(rest, revision=settings.revision)
     return read_config(Path(settings.source).expanduser())

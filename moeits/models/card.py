@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ```
 
-Without remote code: `moeits.load_model(folder)`.
+Without remote code: `moeits.load_model(folder)`. vLLM, SGLang and llama.cpp read one number of experts
+for all layers: for them, prune with `--uniform` or, where the router has a bias, `--pad`.
 """,
 }
 
@@ -62,6 +63,7 @@ def model_card(
     plain: bool,
     scores: Iterable[Mapping[str, object]] = (),
     base_card: str = "",
+    notes: Iterable[str] = (),
 ) -> str:
     """Write the model card of a pruned model.
 
@@ -79,6 +81,8 @@ def model_card(
         Rows with ``task``, ``metric``, ``value`` and, where known, ``stderr`` and ``n``.
     base_card : str
         The whole model's card, whose licence is carried over.
+    notes : iterable of str
+        What else a reader should know of the recipe, a sentence each.
 
     Returns
     -------
@@ -114,7 +118,7 @@ def model_card(
         "gone. `kept.json` names every expert that stays.",
         f"## Recipe\n\nCriterion: {kept.criterion}. Budget: {budget}.\n\n"
         + _table(["layer", "experts", "top-k", "threshold", "kept"], layers)
-        + (f"\n\n{_SHRUNK}" if kept.top_k else "")
+        + "".join(f"\n\n{note}" for note in ([_SHRUNK] if kept.top_k else []) + [*notes])
         + f"\n\nMade with {' and '.join(f'{name} {number}' for name, number in kept.versions.items())}.",
         "## Sizes\n\n" + _table(["", "before", "after", "share"], size_rows(before, after)),
         *(

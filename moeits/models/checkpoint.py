@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +26,19 @@ import torch
 from tqdm import tqdm
 
 from moeits.errors import BudgetError, MoeitsError, PlaceError
-from moeits.kept import Kept
+from moeits.kept import PADDED, Kept
 from moeits.machine.keys import code_digest, digest, versions
 from moeits.machine.paths import CACHE, check_writable, whole
 from moeits.machine.spread import unordered
 from moeits.models.card import read_card
-from moeits.models.families import MoELayer, check_budgets, moe_layers, router_dimension
+from moeits.models.families import (
+    LAYER,
+    MoELayer,
+    check_budgets,
+    expert_block,
+    moe_layers,
+    router_dimension,
+)
 from moeits.models.folder import (
     carry_files,
     check_target,
@@ -40,7 +48,7 @@ from moeits.models.folder import (
     read_config,
 )
 from moeits.models.hub import find, name_of
-from moeits.models.quantised import SCALES, Dequantised, Format, renumbered, split_name
+from moeits.models.quantised import SCALES, Dequantised, Format, read_tensor, renumbered, split_name
 from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
 from moeits.models.surgery import complete, compose, pruned_settings, warn_of_top_k
 from moeits.nmi import PRESETS, nmi_matrix
@@ -60,7 +68,12 @@ _ROLES = {
     "w1": "gate",
     "up_proj": "up",
     "w3": "up",
+    "wi_0": "gate",
+    "wi": "up",
+    "wi_1": "up",
+    "v1": "up",
     "down_proj": "down",
+    "wo": "down",
     "w2": "down",
     "w2_weight": "down",
     "fc2": "down",
@@ -71,8 +84,7 @@ _ROLES = {
     "w13_weight": "interleaved gate_up",
 }
 _EXPERT = re.compile(
-    r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:\w+\.)*?(?:experts|block_sparse_moe)"
-    r"\.(?:(?P<expert>\d+)\.)?(?P<word>\w+?)(?:\.weight)?$"
+    r"\.(?:experts|block_sparse_moe)\.(?:mlp\.)?(?:(?:expert_)?(?P<expert>\d+)\.)?(?P<word>\w+?)(?:\.weight)?$"
 )
 
 
@@ -94,21 +106,18 @@ class Projection(Sequence):
 
     Attributes
     ----------
-    pieces : tuple of (Path, int)
-        For each expert, the file and the first byte in it.
+    pieces : tuple of (Path, int, str)
+        For each expert, the file, the first byte in it, and the type as safetensors spells it.
     shape : tuple of int
         Rows and columns of a piece.
-    dtype : str
-        Type as safetensors spells it.
     transposed : bool
         Whether the pieces are the matrices' transposes.
     neurons : slice
         Those of a piece's neurons that belong to the projection.
     """
 
-    pieces: tuple[tuple[Path, int], ...]
+    pieces: tuple[tuple[Path, int, str], ...]
     shape: tuple[int, int]
-    dtype: str
     transposed: bool = False
     neurons: slice = field(default_factory=lambda: slice(None))
 
@@ -116,8 +125,8 @@ class Projection(Sequence):
         return len(self.pieces)
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        file, start = self.pieces[expert]
-        bits, dtype = _DTYPES[self.dtype]
+        file, start, name = self.pieces[expert]
+        bits, dtype = _DTYPES[name]
         try:
             mapped = np.memmap(file, bits, mode="c", offset=start, shape=self.shape)
         except ValueError as error:
@@ -199,12 +208,13 @@ def expert_blocks(
     if unknown := sorted(set(layers or ()) - set(expected)):
         raise MoeitsError(f"{folder} has no experts in layer {unknown}: it has them in {sorted(expected)}")
     stored = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    places = _places(tensors, expected)
     for tensor in tensors.values():
         name, part = split_name(tensor.name) if quantised else (tensor.name, "weight")
         match = _EXPERT.search(name)
-        if match and match["word"] in _ROLES:
+        if match and match["word"] in _ROLES and (layer := places.get(_place(name))) is not None:
             expert = None if match["expert"] is None else int(match["expert"])
-            stored[int(match["layer"])][_ROLES[match["word"]]][expert][part] = tensor
+            stored[layer][_ROLES[match["word"]]][expert][part] = tensor
     blocks = [
         ExpertBlock(number, layer.minimum, layer.groups, _projections(layer, stored[number], quantised))
         for number, layer in expected.items()
@@ -212,6 +222,11 @@ def expert_blocks(
     ]
     for block in blocks:
         yield block.layer, block
+
+
+def expert_counts(source: str | Path) -> dict[int, int]:
+    """Count the experts of every layer of a checkpoint, as :func:`expert_blocks` finds them."""
+    return {layer: block.num_experts for layer, block in expert_blocks(find(source))}
 
 
 def _quantisation(
@@ -241,6 +256,7 @@ def check_prunable(
     share: float | None = None,
     at_least: int | None = None,
     at_least_top_k: bool = False,
+    drop_mtp: bool = False,
 ) -> dict[str, int]:
     """Check all that configuration, index and headers tell of a pruning, before anything is measured.
 
@@ -256,6 +272,8 @@ def check_prunable(
         Fewest experts per layer, where the family's minimum is not higher.
     at_least_top_k : bool, default=False
         Keep so many experts in every layer that a token can use as many as before.
+    drop_mtp : bool, default=False
+        As in :func:`prune_checkpoint`.
 
     Returns
     -------
@@ -270,8 +288,8 @@ def check_prunable(
     BudgetError
         If the budget cannot be kept.
     MissingError, MoeitsError
-        As :func:`expert_blocks`; if the folder holds more than a language model, or a router is stored in a
-        way that is not known.
+        As :func:`expert_blocks`; if a router is stored in a way that is not known, or layers for multi-token
+        prediction have another number of experts.
     """
     source = find(source)
     check_writable(CACHE)
@@ -296,9 +314,8 @@ def check_prunable(
             )
         per_layer = {number: round(share * layer.num_experts) for number, layer in layers.items()}
         fewest = {number: max(count, per_layer[number]) for number, count in fewest.items()}
-    size = sum(
-        piece.size for piece in _pieces(tensors.values(), layers, {n: range(c) for n, c in fewest.items()})
-    )
+    pieces, _ = _pieces(tensors, layers, {n: range(c) for n, c in fewest.items()}, drop_mtp=drop_mtp)
+    size = sum(piece.size for piece in pieces)
     if target is not None:
         check_disk(Path(target), size)
     return {"groups": groups, "minimum": floor}
@@ -307,12 +324,6 @@ def check_prunable(
 def _layers_of(source: Path) -> dict[int, MoELayer]:
     """Layers of a checkpoint that can be pruned file by file, after checking that this one can."""
     next(expert_blocks(source))  # which checks all of them
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if "text_config" in settings:
-        raise MoeitsError(
-            f"{source} holds more than a language model ({settings.get('model_type')}): load its language "
-            "model (moeits.load_model), prune that in memory and save it"
-        )
     return {layer.layer: layer for layer in moe_layers(hollow_model(read_config(source)))}
 
 
@@ -449,6 +460,8 @@ def prune_checkpoint(
     target: str | Path,
     kept: Mapping[int, Sequence[int]] | Kept,
     *,
+    pad: bool = False,
+    drop_mtp: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -466,6 +479,13 @@ def prune_checkpoint(
         Folder to make; written whole or not at all. What a killed call left is removed by the next one.
     kept : mapping of int to sequence of int, or Kept
         Decoder layer to the experts that stay; layers not named stay whole.
+    pad : bool, default=False
+        Fill every layer up to as many experts as the largest keeps, with copies that the router's bias keeps
+        all tokens from: a plain checkpoint, which computes the same. ``kept.json`` lists the others.
+    drop_mtp : bool, default=False
+        Leave out layers for multi-token prediction, which transformers does not run. Otherwise each keeps as
+        many experts as the last decoder layer, those with the largest rows of its router: what such a layer
+        proposes the model itself verifies, so that the choice changes speed alone. The card says which.
     trust_remote_code : bool, default=False
         Carry the code of a tokenizer or processor along, which loading the new folder may then run.
     progress : bool, default=False
@@ -482,7 +502,8 @@ def prune_checkpoint(
         If `target` exists or cannot be written; if the disk is too small, before anything is written.
     MissingError, MoeitsError
         As :func:`expert_blocks` and :func:`moeits.models.surgery.complete`; if `kept` is of another model by
-        its fingerprint; if an expert or router that stays holds NaN or infinite values.
+        its fingerprint; if padding is not possible; if an expert or router that stays holds NaN or infinite
+        values.
     """
     source, target = find(source), check_target(target)
     layers = _layers_of(source)
@@ -503,7 +524,12 @@ def prune_checkpoint(
     kept = complete(kept, list(layers.values()), name_of(source), mark)
     warn_of_top_k(kept)
     tensors = stored_tensors(source)
-    pieces = _pieces(tensors.values(), layers, kept.layers)
+    pieces, notes = _pieces(tensors, layers, kept.layers, pad=pad, drop_mtp=drop_mtp)
+    stored = kept.layers
+    if pad:
+        stored = dict.fromkeys(kept.layers, max(kept.layers.values(), key=len))
+        notes.append("Layers with fewer experts were filled up with copies that no token is routed to.")
+        kept = replace(kept, budget={**kept.budget, PADDED: True})
     if quantisation := settings.get("quantization_config"):
         settings["quantization_config"] = renumbered(quantisation, kept.layers, kept.num_experts)
 
@@ -512,6 +538,8 @@ def prune_checkpoint(
         files[piece.tensor.file].append(piece)
     size = sum(piece.size for piece in pieces)
     check_disk(target, size)
+    earlier = Kept.read(source / "kept.json") if (source / "kept.json").is_file() else None
+    composed = compose(earlier, kept)
     before = folder_sizes(source)
     with whole(target) as part:
         part.mkdir()
@@ -531,21 +559,26 @@ def prune_checkpoint(
             }
             (part / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         carry_files(source, part, trust_remote_code=trust_remote_code)
-        settings |= pruned_settings(settings, list(layers.values()), kept.layers, before)
+        text = settings.get("text_config", settings)
+        text |= pruned_settings(text, list(layers.values()), stored, before)
+        if drop_mtp:
+            text |= dict.fromkeys((key for key in text if _MTP_LAYERS.search(key)), 0)
         (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        earlier = Kept.read(source / "kept.json") if (source / "kept.json").is_file() else None
-        describe_folder(part, compose(earlier, kept), base_card=read_card(source))
-        left = {layer: block.num_experts for layer, block in expert_blocks(part)}
-        if left != {layer: len(kept.layers[layer]) for layer in layers}:
+        describe_folder(part, composed, base_card=read_card(source), notes=notes)
+        left = expert_counts(part)
+        if left != {layer: len(stored[layer]) for layer in layers}:
             raise MoeitsError(f"{source}: its experts are stored in a way that is not known; found {left}")
     return target
 
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_ONE_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
+_ONE_EXPERT = re.compile(r"(\.experts\.(?:expert_)?)(\d+)(?=\.)")
 _ALL_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")
+_SEVERAL_ROWS = re.compile(r"\.experts\.mlp\.[wv][12]$")
 _ROUTER = re.compile(r"\.(?:gate|router)\.|expert_bias$|correction_bias$")
+_TOWER = re.compile(r"vision|visual|audio|image")
+_MTP_LAYERS = re.compile(r"(?:nextn|mtp)\w*_layers$")
 _CHUNK = 1 << 22
+_NEVER = -1e4  # bias of an expert that no token is routed to: scores and other biases are a few units
 _OLD_FINGERPRINT = 32  # digits of one that read a part of the weights
 
 
@@ -558,39 +591,144 @@ class _Piece:
     shape: tuple[int, ...]
     runs: tuple[tuple[int, int], ...]  # first byte in the file, number of bytes
     checked: bool = False  # whether its values must be finite
+    end: bytes = b""  # what follows the runs
 
     @property
     def size(self) -> int:
-        return sum(length for _, length in self.runs)
+        return sum(length for _, length in self.runs) + len(self.end)
+
+
+def _place(name: str) -> tuple[str, int] | None:
+    """Stack of layers that a stored tensor belongs to, and the layer's number in it."""
+    match = LAYER.search(name) or re.search(r"\.(\d+)\.", name)
+    return match and (name[: match.start(1) - 1], int(match[1]))
+
+
+def _places(names: Iterable[str], layers: Mapping[int, MoELayer]) -> dict[tuple[str, int], int]:
+    """Where the layers of a model lie in its checkpoint, which may name its parts otherwise."""
+    stored, own = defaultdict(set), defaultdict(dict)
+    for name in filter(_ALL_EXPERTS.search, names):
+        if place := _place(name):
+            stored[place[0]].add(place[1])
+    for layer in layers.values():
+        stack, number = _place(f"{layer.name}.")
+        own[stack][number] = layer.layer
+
+    def likeness(stack: str, numbers: Collection[int], other: str) -> tuple[int, int]:
+        return len(stored[other] & set(numbers)), _shared(stack.split(".")[::-1], other.split(".")[::-1])
+
+    found = {}
+    for stack, numbers in own.items():
+        if stored:
+            best = max(sorted(stored), key=partial(likeness, stack, numbers))
+            found |= {(best, number): layer for number, layer in numbers.items()}
+    return found
 
 
 def _pieces(
-    tensors: Iterable[StoredTensor], layers: Mapping[int, MoELayer], kept: Mapping[int, Sequence[int]]
-) -> list[_Piece]:
+    tensors: Mapping[str, StoredTensor],
+    layers: Mapping[int, MoELayer],
+    kept: Mapping[int, Sequence[int]],
+    *,
+    pad: bool = False,
+    drop_mtp: bool = False,
+) -> tuple[list[_Piece], list[str]]:
+    """Choose what goes into the pruned checkpoint, and what its card should say of it."""
+    if pad:
+        _check_padding(layers, kept)
+    places = _places(tensors, layers)
+    most = max(map(len, kept.values())) if pad else 0
+    chosen = {place: (layers[number].num_experts, kept[number]) for place, number in places.items()}
+    beside, dropped, notes = _beside(tensors, places), (), []
+    if beside and drop_mtp:
+        dropped = tuple(sorted({_root(place, places) for place in beside}))
+        notes = [f"Left out: layers for multi-token prediction ({', '.join(dropped)})."]
+    elif beside:
+        last = layers[max(layers)]
+        for (stack, number), held in beside.items():
+            ids = chosen[stack, number] = _largest_rows(
+                f"{stack}.{number}", held, last, most or len(kept[last.layer])
+            )
+            notes.append(
+                f"{stack}.{number}, for multi-token prediction, keeps {len(ids[1])} of {ids[0]} experts, "
+                f"those with the largest rows of its router: {' '.join(map(str, ids[1]))}."
+            )
     pieces, routers = [], Counter()
-    for tensor in tensors:
-        match = _LAYER.search(tensor.name)
-        layer = layers.get(int(match[1])) if match else None
-        dimension = None if layer is None else _experts_dimension(tensor, layer.num_experts)
-        all_bytes = ((tensor.start, tensor.stop - tensor.start),)
-        if layer is None:
-            pieces.append(_Piece(tensor.name, tensor, tensor.shape, all_bytes))
-        elif one := _ONE_EXPERT.search(tensor.name):
-            if int(one[1]) in kept[layer.layer]:
-                name = _ONE_EXPERT.sub(str(kept[layer.layer].index(int(one[1]))), tensor.name)
-                pieces.append(_Piece(name, tensor, tensor.shape, all_bytes, checked=True))
+    for tensor in tensors.values():
+        place = _place(tensor.name)
+        if tensor.name.startswith(dropped):
+            continue
+        experts, ids = chosen.get(place, (0, ()))
+        padding = [ids[0]] * (most - len(ids)) if ids else []
+        dimension = _experts_dimension(tensor, experts) if experts else None
+        one = _ONE_EXPERT.search(tensor.name) if experts else None
+        if one:
+            for new in (i for i, expert in enumerate([*ids, *padding]) if expert == int(one[2])):
+                name = _ONE_EXPERT.sub(rf"\g<1>{new}", tensor.name)
+                pieces.append(_Piece(name, tensor, tensor.shape, _all_of(tensor), checked=True))
         elif dimension is None:
-            pieces.append(_Piece(tensor.name, tensor, tensor.shape, all_bytes))
+            pieces.append(_Piece(tensor.name, tensor, tensor.shape, _all_of(tensor)))
         else:
-            routers[layer.layer] += bool(_ROUTER.search(tensor.name))
-            pieces.append(_taken(tensor, dimension, kept[layer.layer]))
+            routers[places.get(place)] += bool(_ROUTER.search(tensor.name))
+            pieces.append(_taken(tensor, dimension, experts, ids, padding))
     for number, layer in layers.items():
         if routers[number] != len(layer.router):
             raise MoeitsError(
                 f"layer {number}: the router has {len(layer.router)} tensors ({', '.join(layer.router)}), "
                 f"of which the checkpoint holds {routers[number]} with {layer.num_experts} experts"
             )
-    return pieces
+    return pieces, notes
+
+
+def _all_of(tensor: StoredTensor) -> tuple[tuple[int, int], ...]:
+    return ((tensor.start, tensor.stop - tensor.start),)
+
+
+def _beside(
+    tensors: Mapping[str, StoredTensor], places: Collection[tuple[str, int]]
+) -> dict[tuple[str, int], list[StoredTensor]]:
+    """Layers with experts that are none of the model's: those for multi-token prediction."""
+    found = defaultdict(list)
+    for tensor in tensors.values():
+        place = _place(tensor.name)
+        if place and place not in places and not _TOWER.search(tensor.name):
+            found[place].append(tensor)
+    return {
+        place: held
+        for place, held in found.items()
+        if any(_ALL_EXPERTS.search(tensor.name) for tensor in held)
+    }
+
+
+def _root(place: tuple[str, int], places: Iterable[tuple[str, int]]) -> str:
+    """First words of the names of all that belongs to a layer beside the model's."""
+    stacks = {stack for stack, _ in places}
+    if place[0] in stacks:
+        return f"{place[0]}.{place[1]}."
+    shared = max(_shared(place[0].split("."), stack.split(".")) for stack in stacks)
+    return ".".join(place[0].split(".")[: shared + 1]) + "."
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Count the words with which both begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _largest_rows(
+    where: str, held: Sequence[StoredTensor], layer: MoELayer, count: int
+) -> tuple[int, tuple[int, ...]]:
+    """Experts of a layer beside the model's, and those that it keeps: as many as `layer`, in equal groups."""
+    router = [
+        t for t in held if _ROUTER.search(t.name) and t.name.endswith(".weight") and "attn." not in t.name
+    ]
+    if len(router) != 1 or router[0].shape[0] != layer.num_experts:
+        raise MoeitsError(
+            f"{where} has experts beside the model's own, for multi-token prediction, but no router of "
+            f"{layer.num_experts} as layer {layer.layer} has: leave it out with drop_mtp (--drop-mtp)"
+        )
+    rows = read_tensor(router[0]).float().norm(dim=1).view(layer.groups, -1)
+    best = rows.topk(count // layer.groups).indices + torch.arange(layer.groups)[:, None] * rows.shape[1]
+    return layer.num_experts, tuple(sorted(best.flatten().tolist()))
 
 
 def stored_bytes(folder: str | Path, kept: Kept | None = None) -> dict[str, Callable[[], bytes]]:
@@ -607,9 +745,9 @@ def stored_bytes(folder: str | Path, kept: Kept | None = None) -> dict[str, Call
 
     def read(piece: _Piece) -> bytes:
         with piece.tensor.file.open("rb", buffering=0) as stored:
-            return b"".join(os.pread(stored.fileno(), length, start) for start, length in piece.runs)
+            return b"".join(os.pread(stored.fileno(), *run[::-1]) for run in piece.runs) + piece.end
 
-    pieces = _pieces(tensors.values(), layers, chosen)
+    pieces, _ = _pieces(tensors, layers, chosen, pad=kept is not None and PADDED in kept.budget)
     return {piece.name: partial(read, piece) for piece in pieces}
 
 
@@ -621,20 +759,44 @@ def _experts_dimension(tensor: StoredTensor, experts: int) -> int | None:
             raise MoeitsError(f"{tensor.name}: a quantised router cannot be pruned")
         return router_dimension(tensor.name, tensor.shape, experts)
     listed = len(tensor.shape) > 1 or scales
-    if _ALL_EXPERTS.search(tensor.name) and listed and tensor.shape[:1] == (experts,):
+    several = bool(_SEVERAL_ROWS.search(tensor.name)) and tensor.shape[0] % experts == 0
+    if _ALL_EXPERTS.search(tensor.name) and listed and (tensor.shape[:1] == (experts,) or several):
         return 0
     return None
 
 
-def _taken(tensor: StoredTensor, dimension: int, ids: Sequence[int]) -> _Piece:
-    """Take the experts `ids` along one dimension."""
-    outer, experts = prod(tensor.shape[:dimension]), tensor.shape[dimension]
+def _taken(
+    tensor: StoredTensor, dimension: int, experts: int, ids: Sequence[int], padding: Sequence[int] = ()
+) -> _Piece:
+    """Take the experts `ids` along one dimension, which lists one or several rows of each."""
+    outer, rows = prod(tensor.shape[:dimension]), tensor.shape[dimension] // experts
     size = (tensor.stop - tensor.start) // (outer * experts)
+    end = b""
+    taken = [*ids, *padding]
+    if padding and _ROUTER.search(tensor.name) and tensor.name.endswith("bias"):
+        taken = ids
+        values = torch.full((len(padding),), _NEVER, dtype=_DTYPES[tensor.dtype][1])
+        end = values.view(torch.uint8).numpy().tobytes()
     runs = tuple(
-        (tensor.start + (row * experts + expert) * size, size) for row in range(outer) for expert in ids
+        (tensor.start + (row * experts + expert) * size, size) for row in range(outer) for expert in taken
     )
-    shape = (*tensor.shape[:dimension], len(ids), *tensor.shape[dimension + 1 :])
-    return _Piece(tensor.name, tensor, shape, runs, checked=True)
+    shape = (*tensor.shape[:dimension], (len(ids) + len(padding)) * rows, *tensor.shape[dimension + 1 :])
+    return _Piece(tensor.name, tensor, shape, runs, checked=True, end=end)
+
+
+def _check_padding(layers: Mapping[int, MoELayer], kept: Mapping[int, Sequence[int]]) -> None:
+    most = max(map(len, kept.values()))
+    for number, layer in layers.items():
+        if not layer.pads:
+            raise MoeitsError(
+                f"layer {number}: its router has no bias that could keep all tokens from padding experts: "
+                "keep equally many experts in every layer (--uniform)"
+            )
+        if len(kept[number]) < layer.top_k_of(most):
+            raise MoeitsError(
+                f"layer {number}: {len(kept[number])} experts are fewer than a token uses, which padding "
+                "cannot make up for: keep enough of them (at_least_top_k, --at-least-top-k)"
+            )
 
 
 def _write_file(file: Path, pieces: Sequence[_Piece], bar: tqdm) -> None:
@@ -660,6 +822,7 @@ def _write_file(file: Path, pieces: Sequence[_Piece], bar: tqdm) -> None:
                     out.write(view)
                     bar.update(len(view))
                     length -= len(view)
+            bar.update(out.write(piece.end))
 
 
 def _to_disk(file: Path) -> None:
@@ -698,32 +861,28 @@ def _projections(
     layer: MoELayer, stored: Mapping[str, _Stored], quantised: Format | None
 ) -> dict[str, Projection | Dequantised]:
     """Find each projection of a layer among its stored tensors, by role and expert (None for all experts)."""
-    weights = dict(layer.experts.named_parameters(recurse=False))
-    neurons = 2 if layer.transposed else 1
+    shapes = {role: tuple(weight.shape[1:]) for role, weight in expert_block(layer).items()}
     whole_ = partial(_whole, layer, quantised)
     found = {}
-    if "gate_up_proj" in weights:
-        both = weights["gate_up_proj"].shape[1:]
-        half = tuple(size // 2 if axis == neurons else size for axis, size in enumerate(both, start=1))
-        if "gate" in stored or "up" in stored:
-            found |= {name: whole_(name, stored.get(name, {}), half) for name in ("gate", "up")}
-        else:
-            role = next((role for role in stored if role.endswith("gate_up")), "gate_up")
-            interleaved = role != "gate_up" or not getattr(layer.experts, "is_concatenated", True)
-            projection = whole_(role, stored.get(role, {}), tuple(both))
-            found |= _halves(projection, interleaved=interleaved)
-    else:
-        found["up"] = whole_("up", stored.get("up", {}), tuple(weights["up_proj"].shape[1:]))
-    found["down"] = whole_("down", stored.get("down", {}), tuple(weights["down_proj"].shape[1:]))
-    return found
+    if "gate" in shapes and not {"gate", "up"} & set(stored):
+        role = next((role for role in stored if role.endswith("gate_up")), "gate_up")
+        interleaved = role != "gate_up" or not getattr(layer.experts, "is_concatenated", True)
+        rows, columns = shapes.pop("gate")
+        found = _halves(whole_(role, stored.get(role, {}), (2 * rows, columns)), interleaved=interleaved)
+    missing = {role: shape for role, shape in shapes.items() if role not in found}
+    return found | {role: whole_(role, stored.get(role, {}), shape) for role, shape in missing.items()}
 
 
 def _whole(
-    layer: MoELayer, quantised: Format | None, role: str, stored: _Stored, shape: tuple[int, ...]
+    layer: MoELayer, quantised: Format | None, role: str, stored: _Stored, shape: tuple[int, int]
 ) -> Projection | Dequantised:
     """Put one role's tensors together, after checking that every expert has one of the right shape."""
     where = f"layer {layer.layer}: {role}"
     experts = set(range(layer.num_experts))
+    if None in stored and len(stored) > 1:
+        raise MoeitsError(
+            f"{where} is stored twice, for all experts and one by one: remove either from the files"
+        )
     if None not in stored and (missing := sorted(experts - set(stored))):
         which = "all experts" if len(missing) == len(experts) else f"expert {', '.join(map(str, missing))}"
         raise MoeitsError(f"{where} of {which} is missing in the checkpoint")
@@ -732,20 +891,23 @@ def _whole(
     if quantised and not all(
         set(parts) == {"weight"} and parts["weight"].dtype in _DTYPES for parts in stored.values()
     ):
-        matrix = shape[::-1] if layer.transposed else shape
-        return quantised.projection(where, stored, layer.num_experts, matrix)
+        return quantised.projection(where, stored, layer.num_experts, shape)
+    transposed = bool({role, "gate_up" if role != "down" else role} & set(layer.transposed))
+    shape = shape[::-1] if transposed else shape
     tensors = {expert: parts["weight"] for expert, parts in stored.items()}
     if fused := tensors.get(None):
-        _check(where, fused, (layer.num_experts, *shape))
+        together = len(fused.shape) < 3
+        rows = layer.num_experts * shape[0]
+        _check(where, fused, (rows, shape[1]) if together else (layer.num_experts, *shape))
         size = (fused.stop - fused.start) // layer.num_experts
-        pieces = tuple((fused.file, fused.start + expert * size) for expert in range(layer.num_experts))
-        return Projection(pieces, shape, fused.dtype, layer.transposed)
-    for tensor in tensors.values():
-        _check(where, tensor, shape)
-    if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
-        raise MoeitsError(f"{where}: the experts have different types, {', '.join(sorted(dtypes))}")
-    pieces = tuple((tensors[expert].file, tensors[expert].start) for expert in range(layer.num_experts))
-    return Projection(pieces, shape, tensors[0].dtype, layer.transposed)
+        tensors = {e: replace(fused, start=fused.start + e * size) for e in experts}
+    else:
+        for tensor in tensors.values():
+            _check(where, tensor, shape)
+    pieces = (
+        (tensors[expert].file, tensors[expert].start, tensors[expert].dtype) for expert in sorted(experts)
+    )
+    return Projection(tuple(pieces), shape, transposed)
 
 
 def _check(where: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -770,8 +932,12 @@ def _halves(both: Projection | Dequantised, *, interleaved: bool) -> dict[str, P
         half = both.shape[0 if isinstance(both, Dequantised) else 1] // 2
         return {"gate": replace(both, neurons=slice(half)), "up": replace(both, neurons=slice(half, None))}
     rows, columns = both.shape[0] // 2, both.shape[1]
-    size = rows * columns * _DTYPES[both.dtype][1].itemsize
+    size = rows * columns
     return {
-        name: replace(both, shape=(rows, columns), pieces=tuple((f, at + skip) for f, at in both.pieces))
+        name: replace(
+            both,
+            shape=(rows, columns),
+            pieces=tuple((f, at + skip * _DTYPES[kind][1].itemsize, kind) for f, at, kind in both.pieces),
+        )
         for name, skip in (("gate", 0), ("up", size))
     }

@@ -1,21 +1,26 @@
 """One rule that finds every Mixture-of-Experts layer of a model, and a short table of what differs by family.
 
-The rule is duck-typed. An *experts module* directly owns a three-dimensional ``down_proj`` (E, ., .); its
-parent is the layer's *block*; what the block's router owns with E entries along some dimension is cut with
-the experts, and the plain attributes that count experts follow. No class of any model is named here.
+The rule is duck-typed. An *experts module* owns the weights that :class:`Family` names, for most families a
+three-dimensional ``down_proj`` (E, ., .); its parent is the layer's *block*; what the block's router owns
+with E entries along some dimension is cut with the experts, and the plain attributes that count experts
+follow. No class of any model is named here.
 """
 
 import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from moeits.errors import BudgetError, MoeitsError
 from moeits.selection import check_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,34 @@ class Family:
         Fewest experts with which the router still works, per layer or per group of a router with groups.
     fixed_top_k : bool
         Whether all layers share the configuration's top-k, which then bounds the experts of each.
-    transposed : bool
-        Whether expert weights are stored (E, in, out) by a class that does not say so itself.
+    transposed : tuple of str
+        What is stored (in, out), of `weights`, by a class that does not say so itself.
+    weights : dict of str to str
+        Where an experts module may hold what: ``gate``, ``up``, ``gate_up`` or ``down``.
+        ``{}`` stands for the expert where each has its own; a matrix (E m, .) holds all.
+    pads : bool
+        Whether a router's bias alone can keep tokens from an expert, with no effect on the others.
     """
 
     minimum: int = 1
     fixed_top_k: bool = False
-    transposed: bool = False
+    transposed: tuple[str, ...] = ()
+    weights: Mapping[str, str] = field(
+        default_factory=lambda: {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
+    )
+    pads: bool = False
 
 
-# Routers of DeepSeek-V3's kind rank a group, or their only one, by the sum of its two best scores.
-_TWO = Family(minimum=2)
+# Routers of DeepSeek-V3's kind score each expert by itself, and rank a group, or their only one, by the sum
+# of its two best scores.
+_TWO = Family(minimum=2, pads=True)
+_DBRX = {"mlp.w1": "gate", "mlp.v1": "up", "mlp.w2": "down"}
+_SWITCH = {
+    "expert_{}.wi_0.weight": "gate",
+    "expert_{}.wi_1.weight": "up",
+    "expert_{}.wi.weight": "up",
+    "expert_{}.wo.weight": "down",
+}
 
 FAMILIES: dict[str, Family] = {
     "afmoe": Family(),
@@ -48,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     "bailing_hybrid": _TWO,
     "beam": _TWO,
     "cohere2_moe": Family(),
+    "dbrx": Family(transposed=("down",), weights=_DBRX),
     "deepseek_v2": Family(),
     "deepseek_v3": _TWO,
     "deepseek_v32": _TWO,
@@ -61,7 +84,8 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": _TWO,
     "glm4_moe_lite": _TWO,
     "glm_moe_dsa": _TWO,
-    "gpt_oss": Family(),
+    "glm4v_moe_text": _TWO,
+    "gpt_oss": Family(pads=True),
     "granitemoe": Family(),
     "granitemoe_swa": Family(),
     "granitemoehybrid": Family(),
@@ -75,7 +99,7 @@ FAMILIES: dict[str, Family] = {
     "kolibri1": Family(),
     "laguna": Family(),
     "lfm2_moe": Family(),
-    "llama4_text": Family(transposed=True),
+    "llama4_text": Family(transposed=("gate_up", "down")),
     "mellum": Family(),
     "mimo_v2_flash": _TWO,
     "minimax": Family(),
@@ -89,21 +113,21 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe_text": Family(),
     "qwen3_moe": Family(),
     "qwen3_next": Family(),
+    "qwen3_vl_moe_text": Family(),
     "qwen4_exp_text": Family(),
     "solar_open": _TWO,
+    "switch_transformers": Family(fixed_top_k=True, weights=_SWITCH),  # its router always picks one expert
 }
 """Served model types (``config.model_type``); pruning each of them is tested to be exact."""
 
 REFUSED: dict[str, str] = {
-    "dbrx": "all its experts lie in one two-dimensional matrix",
     "deepseek_v4": "some of its layers pick experts by a table of token ids, so the rest cannot take over",
     "doge": "its experts are rows of an embedding, found by product keys",
     "inkling_text": "its router scores the shared experts together with the routed ones",
-    "jetmoe": "its attention heads are routed experts too, and neither kind is stacked as the rule expects",
+    "jetmoe": "its attention heads are routed experts too, and one number in its configuration counts both",
     "longcat_flash": "its router also scores experts that compute nothing",
-    "nllb-moe": "an encoder-decoder model, not a causal language model: its experts are separate modules",
-    "switch_transformers": "an encoder-decoder model, not a causal language model: its experts are separate "
-    "modules, and each drops the tokens above its capacity, which those of a removed expert would fill",
+    "nllb-moe": "an encoder-decoder model whose class in transformers takes its first two experts, whatever "
+    "the router chooses, so that there is nothing to compare with",
     "zaya": "its router also scores skipping every expert, and hands its state to the next layer's",
 }
 """Model types with experts that cannot be pruned here, and why."""
@@ -137,7 +161,8 @@ TOP_KS = (
 
 _ROUTER = re.compile(r"^(gate|router)$|expert_bias|correction_bias|moe_statics")
 _GROUPS = ("num_group", "n_group", "num_groups")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+LAYER = re.compile(r"(?:^|\.)(?:layers|blocks?)\.(\d+)(?=\.|$)")
+"""Finds the number of a layer in the name of what belongs to it; what is before it names its stack."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +174,7 @@ class MoELayer:
     Attributes
     ----------
     layer : int
-        Number of the decoder layer, N of ``model.layers.N``.
+        Number of the decoder layer, N of ``model.layers.N``; the decoder's follow an encoder's.
     name : str
         Name of the block that owns the experts and the router.
     experts : torch.nn.Module
@@ -166,8 +191,12 @@ class MoELayer:
         Those of `tensors` that belong to the router.
     counters, top_ks : tuple of str
         Attributes that hold the number of experts, and the number of experts per token.
-    transposed : bool
-        Whether expert weights are (E, in, out) instead of (E, out, in).
+    transposed : tuple of str
+        Those of `weights` that are (E, in, out) instead of (E, out, in).
+    weights : dict of str to str
+        By what they are, where the experts module holds its weights; see :class:`Family`.
+    pads : bool
+        Whether there may be experts that no token is routed to; see :class:`Family`.
     """
 
     layer: int
@@ -182,7 +211,9 @@ class MoELayer:
     router: tuple[str, ...]
     counters: tuple[str, ...]
     top_ks: tuple[str, ...]
-    transposed: bool
+    transposed: tuple[str, ...] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
+    pads: bool = False
 
     def top_k_of(self, count: int) -> int:
         """Experts per token when `count` experts remain: never more than the groups that are chosen hold."""
@@ -206,6 +237,22 @@ def refusal(model_type: str) -> str:
     )
 
 
+def auto_class(config: "type[PreTrainedConfig]") -> tuple[str, type] | None:
+    """Find the class that generates text with a kind of configuration, and the automatic class that loads it.
+
+    A model that reads images, too, is taken whole.
+    """
+    import transformers
+
+    names = ["AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"]
+    if "text_config" in config.sub_configs:
+        names[:2] = names[1::-1]
+    for name in names:
+        if (found := getattr(transformers, name)._model_mapping.get(config, None)) is not None:
+            return name, found
+    return None
+
+
 def families_table() -> list[tuple[str, str, str]]:
     """List the served families.
 
@@ -214,10 +261,20 @@ def families_table() -> list[tuple[str, str, str]]:
     list of (str, str, str)
         Model type, class of transformers, and fewest experts per layer.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+    from transformers import CONFIG_MAPPING
 
+    parts = {
+        part.model_type: whole
+        for whole in CONFIG_MAPPING.values()
+        for key, part in whole.sub_configs.items()
+        if key == "text_config" and hasattr(part, "model_type")
+    }
     return [
-        (name, CLASSES[name], "top-k" if family.fixed_top_k else str(family.minimum))
+        (
+            name,
+            (auto_class(CONFIG_MAPPING[name]) or auto_class(parts[name]))[1].__name__,
+            "top-k" if family.fixed_top_k else str(family.minimum),
+        )
         for name, family in sorted(FAMILIES.items())
     ]
 
@@ -228,7 +285,8 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     Parameters
     ----------
     model : torch.nn.Module
-        A causal language model of transformers, on any device (``meta`` too), whole or pruned.
+        A language model of transformers, alone or as a part of one that reads images too, on any device
+        (``meta`` too), whole or pruned.
 
     Returns
     -------
@@ -242,9 +300,13 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     """
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
-    experts = [name for name, module in modules.items() if _is_experts(module)]
+    decoder = modules.values() if config is model.config else model.get_decoder().modules()
+    weights = FAMILIES.get(config.model_type, Family()).weights
+    inside = {id(module) for module in decoder if "down" in _held(module, weights)}
+    experts = [name for name, module in modules.items() if id(module) in inside]
     family = _family(config, dense=not experts)
-    layers = [_moe_layer(modules, name, config, family) for name in experts]
+    places = _places(modules, experts)
+    layers = [_moe_layer(modules, name, places[name], config, family) for name in experts]
     numbers = [layer.layer for layer in layers]
     if len(set(numbers)) < len(numbers):
         raise MoeitsError(
@@ -255,8 +317,8 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Find the list of all decoder layers of a Mixture-of-Experts model, and its name."""
-    layer = moe_layers(model)[0]
-    name = re.match(rf"(.*)\.{layer.layer}(\.|$)", layer.name)[1]
+    found = [LAYER.search(layer.name) for layer in moe_layers(model)]
+    name = found[-1].string[: found[-1].start(1) - 1]
     return name, model.get_submodule(name)
 
 
@@ -273,21 +335,24 @@ def expert_block(layer: MoELayer) -> dict[str, torch.Tensor]:
     dict of str to torch.Tensor
         ``gate`` (E, m, d), ``up`` (E, m, d), ``down`` (E, d, m); no ``gate`` where the experts are not gated.
     """
-    weights = {
-        name: parameter.detach().transpose(1, 2) if layer.transposed else parameter.detach()
-        for name, parameter in layer.experts.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    }
-    block = {}
-    if (both := weights.get("gate_up_proj")) is not None:
+    weights = {role: _stacked(layer, path) for role, path in layer.weights.items()}
+    weights |= {role: weights[role].transpose(1, 2) for role in layer.transposed}
+    if (both := weights.pop("gate_up", None)) is not None:
         if getattr(layer.experts, "is_concatenated", True):
-            block["gate"], block["up"] = both.chunk(2, dim=1)
+            weights["gate"], weights["up"] = both.chunk(2, dim=1)
         else:
-            block["gate"], block["up"] = both[:, 0::2], both[:, 1::2]
-    else:
-        block["up"] = weights["up_proj"]
-    block["down"] = weights["down_proj"]
-    return block
+            weights["gate"], weights["up"] = both[:, 0::2], both[:, 1::2]
+    return {role: weights[role] for role in ("gate", "up", "down") if role in weights}
+
+
+def _stacked(layer: MoELayer, path: str) -> torch.Tensor:
+    """Weights (E, ., .) of a layer's experts, a copy only where each expert has its own."""
+    if "{}" in path:
+        return torch.stack(
+            [layer.experts.get_parameter(path.format(e)).detach() for e in range(layer.num_experts)]
+        )
+    weight = layer.experts.get_parameter(path).detach()
+    return weight if weight.dim() == 3 else weight.unflatten(0, (layer.num_experts, -1))
 
 
 def router_dimension(name: str, shape: Sequence[int], count: int) -> int | None:
@@ -413,9 +478,29 @@ def sizes(model: nn.Module) -> Sizes:
     )
 
 
-def _is_experts(module: nn.Module) -> bool:
-    weight = module._parameters.get("down_proj")
-    return weight is not None and weight.dim() == 3
+def _held(module: nn.Module, weights: Mapping[str, str]) -> dict[str, str]:
+    """By what they are, those of a family's weights that a module holds: own ones have three dimensions."""
+    found = {}
+    for path, role in weights.items():
+        try:
+            parameter = module.get_parameter(path.format(0))
+        except AttributeError:
+            continue
+        if parameter.dim() == 3 or "." in path:
+            found[role] = path
+    return found
+
+
+def _places(modules: Mapping[str, nn.Module], experts: Sequence[str]) -> dict[str, int]:
+    """Find the number of each experts module's layer; those of a decoder follow those of its encoder."""
+    places, before = {}, {}
+    for name in experts:
+        if (match := LAYER.search(name)) is None:
+            raise MoeitsError(f"{name}: no number of a decoder layer in this name")
+        stack = name[: match.start(1) - 1]
+        before.setdefault(stack, sum(len(modules[other]) for other in before))
+        places[name] = before[stack] + int(match[1])
+    return places
 
 
 def _family(config: object, *, dense: bool) -> Family:
@@ -429,14 +514,15 @@ def _family(config: object, *, dense: bool) -> Family:
     return FAMILIES[model_type]
 
 
-def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, family: Family) -> MoELayer:
+def _moe_layer(
+    modules: Mapping[str, nn.Module], name: str, number: int, config: object, family: Family
+) -> MoELayer:
     experts = modules[name]
-    count = experts.down_proj.shape[0]
+    weights = _held(experts, family.weights)
+    owners = {name, *(f"{name}.{path}".rpartition(".")[0] for path in weights.values() if "{}" not in path)}
+    count = len(experts) if isinstance(experts, nn.ModuleDict) else _count(experts, weights["down"])
     block_name = name.rpartition(".")[0]
     block = modules[block_name]
-    number = _LAYER.search(name)
-    if number is None:
-        raise MoeitsError(f"{name}: no number of a decoder layer in this name")
 
     routers = {
         f"{block_name}.{child}{'.' if inner else ''}{inner}": module
@@ -457,11 +543,13 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
     if not any(name.endswith(".weight") for name in router):
         raise MoeitsError(f"{block_name}: no router weight with {count} rows, one for each expert")
 
-    stacked = [f"{name}.{key}" for key, tensor in _own_tensors(experts) if tensor.shape[:1] == (count,)]
-    scope = {name: experts, **routers}
-    if not block_name.endswith(
-        f".{number[1]}"
-    ):  # where the block is the whole decoder layer, its numbers are not ours
+    if isinstance(experts, nn.ModuleDict):
+        cut = [name]
+    else:
+        own = [key for key, tensor in _own_tensors(experts) if tensor.shape[:1] == (count,)]
+        cut = [f"{name}.{key}" for key in dict.fromkeys([*own, *weights.values()])]
+    scope = {**{owner: modules[owner] for owner in sorted(owners)}, **routers}
+    if LAYER.search(block_name).end() < len(block_name):  # a whole decoder layer's numbers are not ours
         scope[block_name] = block
     counters = [
         f"{owner}.{key}"
@@ -471,13 +559,13 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
     ]
     top_ks = [f"{owner}.top_k" for owner, module in scope.items() if type(vars(module).get("top_k")) is int]
     top_k = (
-        next(getattr(config, key) for key in TOP_KS if hasattr(config, key))
+        next((getattr(config, key) for key in TOP_KS if hasattr(config, key)), family.minimum)
         if family.fixed_top_k
         else vars(scope[top_ks[0].rpartition(".")[0]])["top_k"]
     )
     groups, top_groups = _groups(scope.values())
     return MoELayer(
-        layer=int(number[1]),
+        layer=number,
         name=block_name,
         experts=experts,
         num_experts=count,
@@ -485,12 +573,21 @@ def _moe_layer(modules: Mapping[str, nn.Module], name: str, config: object, fami
         minimum=max(family.minimum * groups, top_k if family.fixed_top_k else 1),
         groups=groups,
         top_groups=top_groups,
-        tensors={**dict.fromkeys(stacked, 0), **router},
+        tensors={**dict.fromkeys(cut, 0), **router},
         router=tuple(router),
         counters=tuple(counters),
         top_ks=tuple(top_ks),
-        transposed=getattr(experts, "is_transposed", family.transposed),
+        transposed=tuple(weights) if getattr(experts, "is_transposed", False) else family.transposed,
+        weights=weights,
+        pads=family.pads and groups == 1 and any("bias" in name for name in router),
     )
+
+
+def _count(experts: nn.Module, down: str) -> int:
+    weight = experts.get_parameter(down)
+    if weight.dim() == 3:
+        return len(weight)
+    return next(vars(experts)[key] for key in EXPERT_COUNTS if key in vars(experts))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

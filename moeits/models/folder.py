@@ -20,8 +20,10 @@ from moeits.kept import Kept, Simplified, versions
 from moeits.machine.paths import check_writable, whole
 from moeits.models.card import model_card, read_card
 from moeits.models.families import (
+    REFUSED,
     MoELayer,
     Sizes,
+    auto_class,
     moe_layers,
     refusal,
     sizes,
@@ -330,9 +332,7 @@ def read_config(folder: str | Path) -> "PreTrainedConfig":
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config._experts_implementation == STOP:
         config._experts_implementation = None
-    # In a checkpoint of several models, the language model's class may take its own part alone.
-    text = config.get_text_config()
-    return text if _native_class(config).config_class is type(text) else config
+    return config
 
 
 def hollow_model(config: "PreTrainedConfig") -> "PreTrainedModel":
@@ -342,7 +342,12 @@ def hollow_model(config: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def describe_folder(
-    folder: Path, kept: Kept, *, scores: Iterable[Mapping[str, object]] = (), base_card: str = ""
+    folder: Path,
+    kept: Kept,
+    *,
+    scores: Iterable[Mapping[str, object]] = (),
+    base_card: str = "",
+    notes: Iterable[str] = (),
 ) -> None:
     """Write ``kept.json``, the model card and, where it is needed, the loading code into a pruned folder.
 
@@ -352,7 +357,7 @@ def describe_folder(
         Folder with a ``config.json`` that :func:`moeits.models.surgery.pruned_settings` went into.
     kept : Kept
         What was kept.
-    scores, base_card
+    scores, base_card, notes
         See :func:`moeits.models.card.model_card`.
     """
     config = read_config(folder)
@@ -365,14 +370,16 @@ def describe_folder(
     (folder / REMOTE_CODE).unlink(missing_ok=True)
     base = _native_class(config).__name__
     if not plain:
-        (folder / REMOTE_CODE).write_text(_remote_code(base, moe_layers(model)), encoding="utf-8")
-        settings["auto_map"] = {"AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.Pruned{base}"}
+        (folder / REMOTE_CODE).write_text(_remote_code(config, moe_layers(model)), encoding="utf-8")
+        settings["auto_map"] = {auto_class(type(config))[0]: f"{Path(REMOTE_CODE).stem}.Pruned{base}"}
         settings["experts_implementation"] = STOP
     settings["architectures"] = [base if plain else f"Pruned{base}"]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     kept.write(folder / "kept.json")
     before = config.get_text_config().unpruned
-    card = model_card(kept, before, folder_sizes(folder), plain=plain, scores=scores, base_card=base_card)
+    card = model_card(
+        kept, before, folder_sizes(folder), plain=plain, scores=scores, base_card=base_card, notes=notes
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -386,12 +393,10 @@ def folder_sizes(folder: str | Path) -> Sizes:
 
 
 def _native_class(config: "PreTrainedConfig") -> type:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise MoeitsError(refusal(config.model_type)) from None
+    model_type, found = config.get_text_config().model_type, auto_class(type(config))
+    if found is None or model_type in REFUSED:
+        raise MoeitsError(refusal(model_type))
+    return found[1]
 
 
 def _model_class(config: "PreTrainedConfig") -> type:
@@ -428,9 +433,10 @@ def _is_plain(config: "PreTrainedConfig") -> bool:
     return layers[0] == layers[1]
 
 
-def _remote_code(base: str, layers: Sequence[MoELayer]) -> str:
+def _remote_code(config: "PreTrainedConfig", layers: Sequence[MoELayer]) -> str:
     """Write the source of a class that builds the pruned model, out of the functions that build it here."""
-    prefixes = {layer.layer: f"{layer.name}.".partition(f".{layer.layer}.")[0] + "." for layer in layers}
+    auto, native = auto_class(type(config))
+    base = native.__name__
     tables = {
         (
             tuple((name.removeprefix(start), dimension) for name, dimension in layer.tensors.items()),
@@ -438,15 +444,15 @@ def _remote_code(base: str, layers: Sequence[MoELayer]) -> str:
             tuple(name.removeprefix(start) for name in layer.top_ks),
         )
         for layer in layers
-        for start in [f"{prefixes[layer.layer]}{layer.layer}."]
+        for start in [f"{layer.name}."]
     }
-    if len(tables) != 1 or len(set(prefixes.values())) != 1:
+    if len(tables) != 1:
         raise MoeitsError(f"the Mixture-of-Experts layers of {base} are built differently from each other")
     [(tensors, counters, top_ks)] = tables
     return _TEMPLATE.format(
         base=base,
-        prefix=prefixes[layers[0].layer],
-        layers=pformat({layer.layer: (layer.num_experts, layer.top_k) for layer in layers}, width=100),
+        auto=auto,
+        layers=pformat({layer.name: (layer.num_experts, layer.top_k) for layer in layers}, width=100),
         tensors=pformat(dict(tensors), width=100),
         counters=pformat(counters, width=100),
         top_ks=top_ks,
@@ -466,6 +472,7 @@ Written by {versions}.
 # @use_experts_implementation
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -473,7 +480,7 @@ import torch
 from torch import nn
 from transformers import {base}
 
-# Decoder layer: experts, experts per token.
+# Mixture-of-Experts layer: experts, experts per token.
 LAYERS = {layers}
 # In each of these layers, tensor: dimension of the experts.
 TENSORS = {tensors}
@@ -490,7 +497,7 @@ STOP = {stop!r}
 class Pruned{base}({base}):
     """{base} with the experts that are left in each layer."""
 
-    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file
+    _auto_class = "{auto}"  # save_pretrained copies this file
 
     @classmethod
     def is_custom_code(cls):
@@ -501,8 +508,8 @@ class Pruned{base}({base}):
         if config._experts_implementation == STOP:
             config._experts_implementation = None
         super().__init__(config, *args, **kwargs)
-        for layer, (count, top_k) in LAYERS.items():
-            layer = self.get_submodule(f"{prefix}{{layer}}")
+        for name, (count, top_k) in LAYERS.items():
+            layer = self.get_submodule(name)
             cut_experts(layer, range(count), top_k, TENSORS, COUNTERS, TOP_KS)
         self.register_forward_pre_hook(refuse_router_loss, with_kwargs=True)
 

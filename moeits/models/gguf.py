@@ -111,7 +111,6 @@ class GGUFModel:
             router=(),
             counters=(),
             top_ks=(),
-            transposed=False,
         )
 
     @property
@@ -219,6 +218,12 @@ def gguf_blocks(model: GGUFModel, layers: Collection[int] | None = None) -> dict
                 projections |= _projections(model.file, name, weights[name])
         blocks[layer] = ExpertBlock(layer, model.moe_layer(layer).minimum, model.groups, projections)
     return blocks
+
+
+def expert_counts(file: str | Path) -> dict[int, int]:
+    """Count the experts of every layer of a GGUF file."""
+    model = read_gguf(file)
+    return dict.fromkeys(sorted(model.layers), model.experts)
 
 
 def measure_nmi(

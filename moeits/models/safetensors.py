@@ -88,14 +88,14 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     MissingError
         If there is no safetensors checkpoint, or a file that the index names is missing.
     MoeitsError
-        If a file is cut short or is no safetensors file, lacks a tensor that the index says it holds, or lies
-        outside the folder.
+        If a file is cut short or is no safetensors file, does not hold what the index says, no more and no
+        less, or lies outside the folder.
     """
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise MissingError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
+    if (folder / SINGLE).is_file():  # which transformers prefers, too
         return read_header(inside(folder, SINGLE, "the folder"))
+    if not (folder / INDEX).is_file():
+        raise MissingError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
@@ -111,6 +111,11 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     for name, file in places.items():
         if name not in headers[file]:
             raise MoeitsError(f"{folder / file} does not hold {name}, which the index says it does")
+    for file, header in headers.items():
+        if unnamed := sorted(set(header) - set(places)):
+            raise MoeitsError(
+                f"{folder / file} holds {unnamed[0]}, which the index does not name: add it there"
+            )
     return {name: headers[file][name] for name, file in places.items()}
 
 

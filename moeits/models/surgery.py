@@ -5,6 +5,7 @@ over the experts that remain, so a pruned model equals the whole one with the sc
 masked out; that is what :func:`masked` does, and what the tests compare with.
 """
 
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from moeits.errors import MoeitsError
-from moeits.kept import Kept, versions
+from moeits.kept import PADDED, Kept, versions
 from moeits.models.families import (
     EXPERT_COUNTS,
     TOP_KS,
@@ -71,6 +72,7 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
         raise MoeitsError(
             "the model's weights are quantised, which pruning does not support: load it dequantised"
         )
+    composed = compose(getattr(model, "kept", None), kept)
     before = sizes(model)
     for layer in layers:
         ids = chosen[layer.layer]
@@ -79,7 +81,10 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
     warn_of_top_k(kept)
     config = model.config.get_text_config()
     for key, value in pruned_settings(config.to_dict(), layers, chosen, before).items():
-        setattr(config, key, value)
+        if key.endswith("_config"):
+            getattr(config, key).update(value)
+        else:
+            setattr(config, key, value)
     if len({len(ids) for ids in chosen.values()}) == 1:
         layer = moe_layers(model)[0]
         for keys, value in ((EXPERT_COUNTS, layer.num_experts), (TOP_KS, layer.top_k)):
@@ -87,7 +92,7 @@ def prune_model(model: nn.Module, kept: Mapping[int, Sequence[int]] | Kept) -> n
                 if type(vars(model).get(key)) is int:
                     setattr(model, key, value)
     refuse_router_loss_in(model)
-    model.kept = compose(getattr(model, "kept", None), kept)
+    model.kept = composed
     save_whole_folders(model)
     return model
 
@@ -173,6 +178,8 @@ def compose(first: Kept | None, second: Kept) -> Kept:
     """Kept experts after two prunings of a model, in the numbers of the whole one."""
     if first is None:
         return second
+    if PADDED in first.budget:
+        raise MoeitsError("this model was padded after it was pruned: prune the one that it was made from")
     return replace(
         second,
         layers={layer: tuple(ids[i] for i in second.layers[layer]) for layer, ids in first.layers.items()},
@@ -221,6 +228,10 @@ def pruned_settings(
     if len(set(counts.values())) == len(top_ks) == 1:
         for keys, value in ((EXPERT_COUNTS, next(iter(counts.values()))), (TOP_KS, next(iter(top_ks)))):
             changed |= {key: value for key in keys if type(settings.get(key)) is int}
+            for part, inner in settings.items():
+                if part.endswith("_config") and isinstance(inner, Mapping):
+                    found = {key: value for key in keys if type(inner.get(key)) is int}
+                    changed |= {part: {**inner, **changed.get(part, {}), **found}} if found else {}
     return changed
 
 
@@ -234,11 +245,25 @@ def cut_experts(
     top_ks: Sequence[str],
 ) -> None:
     """Keep the experts `ids` of one layer, its tensors and counters given by name; nothing is checked."""
-    for name, dimension in tensors.items():
+    found = {name: operator.attrgetter(name)(model) for name in tensors}
+    # The router lists experts one by one; a matrix of weights may hold several rows of each.
+    experts = min(
+        len(old) if hasattr(old, "keys") else old.shape[tensors[name]] for name, old in found.items()
+    )
+    for name, old in found.items():
         owner_name, _, key = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        old = getattr(owner, key)
-        new = old.index_select(dimension, torch.as_tensor(ids, device=old.device))
+        if hasattr(old, "keys"):
+            names, chosen = list(old), [list(old.values())[i] for i in ids]
+            old.clear()
+            old.update(zip(names, chosen, strict=False))
+            owner._is_hf_initialized = True  # or loading would look for as many experts as there were
+            continue
+        dimension = tensors[name]
+        new = old.unflatten(dimension, (experts, -1)).index_select(
+            dimension, torch.as_tensor(ids, device=old.device)
+        )
+        new = new.flatten(dimension, dimension + 1)
         setattr(owner, key, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     for names, value in ((counters, len(ids)), (top_ks, top_k)):
         for name in names:
@@ -331,7 +356,8 @@ def refuse_router_loss(model: nn.Module, args: tuple, options: Mapping[str, obje
     asked = options.get("output_router_logits")
     if asked or (asked is None and getattr(config, "output_router_logits", False)):
         counts = set(config.num_experts_per_layer.values())
-        if len(counts) > 1 and hasattr(model, "router_aux_loss_coef"):
+        holder = model if config is model.config else config
+        if len(counts) > 1 and hasattr(holder, "router_aux_loss_coef"):
             raise MoeitsError(
                 f"output_router_logits: the auxiliary router loss needs the same number of experts in every "
                 f"layer, this model has {sorted(counts)}; train it without (output_router_logits=False)"

@@ -77,7 +77,7 @@ class ExpertList(nn.Module):
         return out
 
     @torch.no_grad()
-    def stack(self, transposed: bool) -> nn.Module:
+    def stack(self, transposed: tuple[str, ...]) -> nn.Module:
         """Write the experts' weights back into the stacked module, and return it."""
         weights = {
             name: torch.stack([getattr(expert, name).weight for expert in self.experts])

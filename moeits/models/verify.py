@@ -110,5 +110,6 @@ def verify(
 
 @torch.inference_mode()
 def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    rows = [model(input_ids=row[None].to(model.device), use_cache=False).logits[0].cpu() for row in ids]
-    return torch.stack(rows)
+    names = ["input_ids", *(["decoder_input_ids"] if model.config.is_encoder_decoder else [])]
+    rows = (dict.fromkeys(names, row[None].to(model.device)) for row in ids)
+    return torch.stack([model(**row, use_cache=False).logits[0].cpu() for row in rows])

@@ -69,9 +69,9 @@ def miniature(name: str, output: Path, overwrite: bool) -> None:
 @click.option("--shrink", type=click.IntRange(1), default=1, show_default=True, help="Divisor of the widths.")
 @_seed
 def standin(name: str, output: Path, overwrite: bool, num_layers: int, shrink: int, seed: int) -> None:
-    """Make a stand-in for a model of the paper: its shapes and names, few layers, random weights.
+    """Make a stand-in for a model of the paper or the small profile: its shapes, few layers, random weights.
 
-    NAME is mixtral-8x7b, qwen1.5-moe or deepseek-v2-lite.
+    NAME is mixtral-8x7b, qwen1.5-moe, deepseek-v2-lite, llm-jp-8x152m, granite-3.1-1b-a400m or olmoe-1b-7b.
     """
     from moeits.study.standin import standin as make
 

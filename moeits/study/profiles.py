@@ -82,7 +82,7 @@ class Profile(Strict):
     Attributes
     ----------
     name : str
-        ``smoke``, ``laptop`` or ``paper``.
+        ``smoke``, ``laptop``, ``small`` or ``paper``.
     models : dict
         Name of the model -> its settings.
     carving_tokens : int

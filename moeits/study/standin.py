@@ -1,4 +1,4 @@
-"""Stand-ins for the paper's models: their exact shapes and names on the hub, few layers, random weights.
+"""Stand-ins for models of the paper and the small profile: their shapes and names, few layers, random.
 
 What a run on the real model needs can be tried and timed on them without the hub. Their scores mean nothing.
 """
@@ -6,17 +6,23 @@ What a run on the real model needs can be tried and timed on them without the hu
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 
 from moeits.errors import MoeitsError
-from moeits.machine.paths import whole
+from moeits.machine.paths import DATA, whole
 from moeits.models.folder import check_target
 from moeits.study import paper
 
 
+def shapes() -> dict[str, dict]:
+    """Read the shapes of the models, as :func:`moeits.study.paper.models`, and of those in ``data/small``."""
+    return paper.models() | yaml.safe_load((DATA / "small" / "models.yaml").read_text(encoding="utf-8"))
+
+
 def names() -> dict[str, str]:
-    """Names of the stand-ins, and of the models in :func:`moeits.study.paper.models` that they stand for."""
-    return {name.lower().replace(" ", "-"): name for name in paper.models()}
+    """Names of the stand-ins, and of the models in :func:`shapes` that they stand for."""
+    return {name.lower().replace(" ", "-"): name for name in shapes()}
 
 
 def heavy_tailed(shape: tuple[int, ...], generator: torch.Generator, *, scale: float = 0.02) -> torch.Tensor:
@@ -71,7 +77,7 @@ def standin(name: str, folder: Path | str, *, layers: int = 2, shrink: int = 1, 
     if name not in known:
         raise MoeitsError(f"no stand-in is called {name!r}: there are {', '.join(known)}")
     folder = check_target(folder)
-    settings = dict(paper.models()[known[name]]["config"])
+    settings = dict(shapes()[known[name]]["config"])
     widths = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
     first = settings.get("first_k_dense_replace", 0) + 1
     if layers < first or shrink < 1 or any(settings[key] % shrink for key in widths if key in settings):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import EXPERTS, HIDDEN, NEURONS, TOP_K, tiny_config, tiny_model
+from tiny import EXPERTS, HIDDEN, NEURONS, TOP_K, auto, tiny_config, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -25,9 +25,19 @@ def model(request):
     return tiny_model(request.param)
 
 
+def top_k_of(model):
+    return 1 if model.config.model_type == "switch_transformers" else TOP_K
+
+
 @pytest.mark.parametrize(
     ("family", "numbers"),
-    [("mixtral", [0, 1, 2]), ("deepseek_v2", [1, 2]), ("qwen3_moe", [0, 2]), ("nemotron_h", [1])],
+    [
+        ("mixtral", [0, 1, 2]),
+        ("switch_transformers", [1, 3]),
+        ("deepseek_v2", [1, 2]),
+        ("qwen3_moe", [0, 2]),
+        ("nemotron_h", [1]),
+    ],
 )
 def test_every_moe_layer_is_found_under_its_decoder_number(family, numbers):
     assert [layer.layer for layer in moe_layers(tiny_model(family))] == numbers
@@ -36,7 +46,7 @@ def test_every_moe_layer_is_found_under_its_decoder_number(family, numbers):
 def test_counts_are_the_configurations(model):
     layers = moe_layers(model)
     assert {layer.num_experts for layer in layers} == {EXPERTS}
-    assert {layer.top_k for layer in layers} == {TOP_K}
+    assert {layer.top_k for layer in layers} == {top_k_of(model)}
 
 
 def test_expert_block_is_what_the_experts_compute(model):
@@ -46,12 +56,21 @@ def test_expert_block_is_what_the_experts_compute(model):
     biases = dict(experts.named_parameters())
     with torch.no_grad():
         for expert in (0, 3, EXPERTS - 1):
-            if hasattr(experts, "is_transposed"):  # a class of transformers' interface for experts
+            if model.config.model_type == "switch_transformers":
+                chosen = torch.nn.functional.one_hot(torch.full((tokens, 1), expert), EXPERTS)
+                computed = experts(x, chosen, torch.ones(tokens, 1))
+            elif hasattr(experts, "is_transposed") or not hasattr(
+                experts, "down_proj"
+            ):  # a class of transformers' interface for experts
                 computed = experts(x, torch.full((tokens, 1), expert), torch.ones(tokens, 1))
             else:
                 computed = experts(x.repeat(EXPERTS, 1)).view(EXPERTS, tokens, HIDDEN)[expert]
             up = x @ block["up"][expert].T
-            if "gate" not in block:
+            if model.config.model_type == "switch_transformers":
+                neurons = up.relu()
+            elif model.config.model_type == "dbrx":
+                neurons = torch.nn.functional.silu(x @ block["gate"][expert].T) * up
+            elif "gate" not in block:
                 neurons = experts.act_fn(up)
             elif getattr(experts, "is_concatenated", True):
                 gate = x @ block["gate"][expert].T
@@ -63,18 +82,20 @@ def test_expert_block_is_what_the_experts_compute(model):
             expected = neurons @ block["down"][expert].T
             if "down_proj_bias" in biases:
                 expected = expected + biases["down_proj_bias"][expert]
-            torch.testing.assert_close(computed, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(computed.reshape(tokens, HIDDEN), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_expert_block_has_the_same_layout_everywhere_and_copies_nothing(model):
     layer = moe_layers(model)[0]
     block = expert_block(layer)
     shapes = {"gate": (NEURONS, HIDDEN), "up": (NEURONS, HIDDEN), "down": (HIDDEN, NEURONS)}
-    if model.config.model_type == "nemotron_h":
+    if model.config.model_type in {"nemotron_h", "switch_transformers"}:
         shapes.pop("gate")
     assert {name: tuple(weights.shape) for name, weights in block.items()} == {
         name: (EXPERTS, *shape) for name, shape in shapes.items()
     }
+    if model.config.model_type == "switch_transformers":  # each expert has its own weights
+        return
     stored = {parameter.data_ptr() for parameter in layer.experts.parameters()}
     assert {weights.untyped_storage().data_ptr() for weights in block.values()} <= stored
 
@@ -96,8 +117,9 @@ def test_every_causal_model_of_transformers_with_experts_is_served_or_refused():
             with_experts.add(text_of.get(name, name))
     unknown = with_experts - set(FAMILIES) - set(REFUSED)
     assert not unknown
-    assert set(FAMILIES) <= with_experts
-    assert set(REFUSED) - with_experts == {"nllb-moe", "switch_transformers"}
+    # Encoder-decoder models, and text parts that are never models of their own.
+    assert set(FAMILIES) - with_experts == {"glm4v_moe_text", "qwen3_vl_moe_text", "switch_transformers"}
+    assert set(REFUSED) - with_experts == {"nllb-moe"}
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
@@ -124,8 +146,10 @@ def test_the_table_lists_every_family():
 
 
 def test_the_table_says_the_fewest_experts(model):
-    fewest = {name: fewest for name, _, fewest in families_table()}[model.config.model_type]
-    assert {layer.minimum for layer in moe_layers(model)} == {TOP_K if fewest == "top-k" else int(fewest)}
+    fewest = {name: fewest for name, _, fewest in families_table()}[model.config.get_text_config().model_type]
+    assert {layer.minimum for layer in moe_layers(model)} == {
+        top_k_of(model) if fewest == "top-k" else int(fewest)
+    }
 
 
 def test_sizes_by_hand():
@@ -158,7 +182,8 @@ def test_sizes_count_tied_embeddings_once():
 
 def test_sizes_need_no_weights(model):
     with torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(tiny_config(model.config.model_type), dtype=torch.float32)
+        config = tiny_config(model.config.get_text_config().model_type)
+        hollow = auto(config).from_config(config, dtype=torch.float32)
     assert sizes(hollow) == sizes(model)
 
 
@@ -168,7 +193,7 @@ def test_sizes_agree_with_the_blocks(model):
     if model.config.model_type == "gpt_oss":
         weights += len(layers) * EXPERTS * (2 * NEURONS + HIDDEN)  # biases
     assert counted.routed == weights
-    assert counted.total - counted.active == weights * (EXPERTS - TOP_K) // EXPERTS
+    assert counted.total - counted.active == weights * (EXPERTS - top_k_of(model)) // EXPERTS
 
 
 def test_dense_model_is_refused():

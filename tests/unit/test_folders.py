@@ -8,8 +8,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny import assert_logits, logits, tiny_config, tiny_model, tiny_tokenizer, tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4Config, MixtralForCausalLM
+from tiny import assert_logits, logits, tiny_model, tiny_tokenizer, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from moeits import load_model, prune_model, save_model, simplify
 from moeits.cli import main
@@ -176,13 +176,6 @@ def _no_nmi(monkeypatch):
     monkeypatch.setattr(checkpoint, "measure_nmi", lambda *_, **__: pytest.fail("the NMI was measured"))
 
 
-def make_multimodal(folder):
-    Llama4Config(text_config=tiny_config("llama4_text")).save_pretrained(folder)
-    state = tiny_model("llama4_text").state_dict()
-    tensors = {f"language_model.{name}": tensor.clone() for name, tensor in state.items()}
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-
-
 def leave_quantisation(folder):
     change(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
 
@@ -204,7 +197,6 @@ def nothing(_):
         (nothing, ["--n-keep", 1, "--at-least-top-k"], "n_keep is 1, below the floor of 2"),
         (nothing, ["--n-keep", 2, "--at-least", 3], "n_keep is 2, below the floor of 3"),
         (leave_quantisation, ["--tau", 1], "floating point: remove the key 'quantization_config'"),
-        (make_multimodal, ["--tau", 1], "holds more than a language model"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_nmi(prepare, arguments, message, source, tmp_path, monkeypatch):

@@ -44,6 +44,17 @@ def test_every_step_of_the_paper_profile_has_a_demand():
     assert not plan.shortages(found.values(), BIG)
 
 
+def test_the_small_profile_fits_one_gpu_of_24_gb_and_is_counted_without_the_hub():
+    profile, machine = profiles.load("small"), plan.find_machine("rtx-4090")
+    found = by_label(plan.demands(profile, machine))
+    checkpoints = {name: found[f"{name}: checkpoint"].disk for name in profile.models}
+    assert checkpoints["llm-jp-btx"] == checkpoints["llm-jp-fs"] == pytest.approx(833e6, rel=0.001)
+    assert checkpoints["olmoe-1b-7b"] == pytest.approx(13.84e9, rel=0.001)
+    assert checkpoints["granite-1b-a400m"] == pytest.approx(2.67e9, rel=0.01)
+    assert max(demand.memory for demand in found.values()) < 24e9
+    assert [line for line in plan.shortages(found.values(), machine) if not line.startswith("disk")] == []
+
+
 def test_the_nmi_costs_as_many_weights_as_there_are_pairs(profile):
     found = by_label(plan.demands(profile, BIG))
     twice = plan.Machine(**vars(BIG) | {"cores": 128})

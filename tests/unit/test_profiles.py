@@ -15,7 +15,7 @@ def test_every_shipped_profile_is_valid_and_fills_the_pages(name):
 
 
 def test_the_profiles_of_the_readme_exist():
-    assert {"smoke", "laptop", "paper"} <= set(profiles.names())
+    assert {"smoke", "laptop", "small", "paper"} <= set(profiles.names())
 
 
 def test_the_paper_profile_has_the_papers_settings():
@@ -59,7 +59,7 @@ def test_wrong_settings_are_named(settings, message):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="no profile 'laptob': there are laptop, paper, smoke"):
+    with pytest.raises(ValueError, match="no profile 'laptob': there are laptop, paper, small, smoke"):
         profiles.load("laptob")
     with pytest.raises(ValueError, match="no model 'smol': it has mini-mixtral, mini-qwen"):
         profiles.load("laptop").model("smol")

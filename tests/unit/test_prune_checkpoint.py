@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_surgery import uneven
 from tiny import assert_logits, logits, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, Llama4Config
+from transformers import AutoModelForCausalLM
 
 from moeits.cli import main
 from moeits.errors import PlaceError
@@ -322,7 +322,7 @@ def make_unknown(folder):
 
 
 def make_refused(folder):
-    change_config(folder, model_type="switch_transformers")
+    change_config(folder, model_type="nllb-moe")
 
 
 def garble_config(folder):
@@ -351,7 +351,7 @@ def lose_config(folder):
         (quantise, "the weights are quantised"),
         (store_as_bytes, "F8_E4M3; quantised weights are not read"),
         (make_unknown, "'tomorrow_moe' are not known; known are .*mixtral.*To add a family"),
-        (make_refused, "'switch_transformers' cannot be pruned: an encoder-decoder"),
+        (make_refused, "'nllb-moe' cannot be pruned: an encoder-decoder"),
         (garble_config, r"config\.json is no configuration"),
         (lose_config, "no model folder"),
     ],
@@ -383,21 +383,6 @@ def test_an_existing_target_is_left_alone(source, tmp_path):
     with pytest.raises(FileExistsError, match="taken exists"):
         prune_checkpoint(source, tmp_path / "taken", {1: [0]})
     assert (tmp_path / "taken" / "file").read_text() == "mine"
-
-
-def test_checkpoints_of_several_models_are_pruned_in_memory(tmp_path):
-    whole = tiny_model("llama4_text")
-    whole.save_pretrained(tmp_path / "source")
-    file = tmp_path / "source" / "model.safetensors"
-    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(file).items()}
-    save_file(tensors | {"vision_model.weight": torch.ones(2)}, file, metadata={"format": "pt"})
-    Llama4Config(text_config=tiny_config("llama4_text")).save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"more than a language model \(llama4\)"):
-        prune_checkpoint(tmp_path / "source", tmp_path / "pruned", {0: [0, 1]})
-    save_model(prune_model(load_model(tmp_path / "source"), {0: [0, 5]}), tmp_path / "pruned")
-    reference = prune_model(whole, {0: [0, 5]})
-    state = load_model(tmp_path / "pruned").state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in reference.state_dict().items())
 
 
 def run(*arguments):

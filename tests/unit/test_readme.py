@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_quantised import FORMATS, write
 from tiny import tiny_model
+from tiny_gguf import write_gguf
 
 from moeits.machine.paths import ROOT
+from moeits.models.checkpoint import expert_counts
 from moeits.models.families import moe_layers
 from moeits.models.folder import load_model
+from moeits.models.gguf import read_gguf
 
 README = (ROOT / "README.md").read_text()
 
@@ -23,7 +27,11 @@ def blocks(language):
 def here(tmp_path, monkeypatch):
     """A folder with a checkpoint where the README's examples have theirs."""
     monkeypatch.chdir(tmp_path)
-    tiny_model("mixtral").save_pretrained("path/to/checkpoint")
+    model = tiny_model("mixtral")
+    model.save_pretrained("path/to/checkpoint")
+    write_gguf("path/to/model.gguf", model, "Q8_0")
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "whole")
+    write(tmp_path / "path" / "to" / "quantised", tmp_path / "whole", *FORMATS["fp8"])
     return tmp_path
 
 
@@ -42,11 +50,13 @@ def test_the_python_example_prunes():
 
 
 @pytest.mark.usefixtures("here")
-def test_the_command_prunes():
-    (command,) = [line for block in blocks("bash") for line in block.splitlines() if "moeits prune" in line]
-    arguments = command.split()[1:]
-    subprocess.run([sys.executable, "-m", "moeits", *arguments], check=True, capture_output=True)
+def test_the_commands_prune():
+    lines = [line for block in blocks("bash") for line in block.splitlines() if "moeits prune" in line]
+    assert len(lines) == 3
+    for line in lines:
+        subprocess.run([sys.executable, "-m", "moeits", *line.split()[1:]], check=True, capture_output=True)
     assert pruned()
+    assert {read_gguf("path/to/smaller.gguf").experts, *expert_counts("path/to/smaller").values()} == {4}
 
 
 def test_every_make_target_it_names_exists():

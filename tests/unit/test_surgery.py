@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import EXPERTS, assert_logits, assert_same_weights, logits, tiny_model, tokens
+from tiny import EXPERTS, assert_logits, assert_same_weights, auto, logits, tiny_model, tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -105,7 +105,7 @@ def test_the_minimum_works_and_one_fewer_is_refused(model):
 
 
 # Where all layers share one top-k, or the router always picks two, there are never fewer experts than top-k.
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma4_text", "phimoe"}))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma4_text", "phimoe", "switch_transformers"}))
 def test_fewer_experts_than_top_k(family):
     wide = tiny_model(family, top_k=4)
     kept = {layer.layer: [0, 3, 6] for layer in moe_layers(wide)}
@@ -153,8 +153,8 @@ def test_generation_with_a_cache(model):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-# llama4 has one implementation of its experts, and no switch.
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama4_text"}))
+# These have one implementation of their experts, and no switch.
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"dbrx", "llama4_text", "switch_transformers"}))
 def test_every_implementation_of_the_experts_gives_the_same(family):
     model = tiny_model(family)
     prune_model(model, uneven(model))
@@ -175,11 +175,13 @@ def test_the_routers_auxiliary_loss_works_or_says_why_not(family):
     prune_model(uneven_model, uneven(uneven_model))
     out = even(ids, labels=ids, output_router_logits=True)
     plain = even(ids, labels=ids, output_router_logits=False)
-    if getattr(out, "aux_loss", None) is None:
-        assert out.loss == plain.loss  # this family has no such loss, so there is nothing to break
+    if out.loss == plain.loss:
+        assert getattr(out, "aux_loss", None) is None  # this family has no such loss: nothing can break
         uneven_model(ids, labels=ids, output_router_logits=True).loss.backward()
         return
-    torch.testing.assert_close(out.loss, plain.loss + even.router_aux_loss_coef * out.aux_loss)
+    if family != "switch_transformers":  # which adds a second loss
+        holder = even if hasattr(even, "router_aux_loss_coef") else even.config.get_text_config()
+        torch.testing.assert_close(out.loss, plain.loss + holder.router_aux_loss_coef * out.aux_loss)
     out.loss.backward()
     if len({layer.num_experts for layer in moe_layers(uneven_model)}) > 1:
         with pytest.raises(ValueError, match="same number of experts in every layer, this model has"):
@@ -208,7 +210,7 @@ def test_saved_and_loaded_again(model, tmp_path, remote_code):
         assert_logits(loaded, logits(pruned))
         has_code = (tmp_path / name / "modeling_moeits.py").exists()
         assert has_code is (len(set(map(len, kept.values()))) > 1)
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=has_code)
+        alone = auto(model).from_pretrained(tmp_path / name, trust_remote_code=has_code)
         assert (remote_code.name in inspect.getsourcefile(type(alone))) is has_code
         assert_logits(alone, logits(pruned))
 
@@ -251,7 +253,10 @@ def test_gradients_reach_the_experts_that_stay(model):
     pruned = prune_model(copy.deepcopy(model), uneven(model))
     ids = tokens(batch=4, length=40)
     pruned(ids, labels=ids).loss.backward()
-    assert all(layer.experts.down_proj.grad.abs().sum() > 0 for layer in moe_layers(pruned))
+    assert all(
+        sum(part.grad.abs().sum() for part in layer.experts.parameters() if part.grad is not None) > 0
+        for layer in moe_layers(pruned)
+    )
 
 
 def test_group_limited_routing_stays_within_the_chosen_groups():

@@ -7,10 +7,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
-from moeits.models.families import TOP_KS
+from moeits.models.families import TOP_KS, auto_class
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, NEURONS, VOCABULARY = 64, 3, 8, 2, 32, 128
 
@@ -60,6 +61,31 @@ _LINEAR = {
 }
 
 _SPECIAL = {
+    "dbrx": {
+        "d_model": HIDDEN,
+        "n_heads": 4,
+        "n_layers": LAYERS,
+        "max_seq_len": 256,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {
+            "ffn_hidden_size": NEURONS,
+            "hidden_size": HIDDEN,
+            "moe_num_experts": EXPERTS,
+            "moe_top_k": TOP_K,
+        },
+    },
+    "switch_transformers": {
+        "d_model": HIDDEN,
+        "d_kv": 16,
+        "d_ff": NEURONS,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 2,  # as many, for transformers' cache counts the encoder's
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 3,
+        "decoder_start_token_id": 0,
+    },
     "axk1": _LATENT,
     "axk2": _LATENT,
     "bailing_hybrid": {**_LATENT, "num_hidden_layers": 8},
@@ -83,6 +109,9 @@ _SPECIAL = {
         "vocab_size_per_layer_input": VOCABULARY,
     },
     "glm4_moe_lite": _LATENT,
+    "glm4v_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    },
     "glm_moe_dsa": _LATENT,
     "gpt_oss": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -120,21 +149,83 @@ _SPECIAL = {
 }
 
 
+# Of encoders for images and sound, under any of the names that these sizes have.
+_TOWER = {
+    **dict.fromkeys(("depth", "num_hidden_layers", "num_layers", "encoder_layers", "n_layers"), 1),
+    **dict.fromkeys(
+        ("hidden_size", "embed_dim", "d_model", "projector_input_dim", "projector_output_dim"), 32
+    ),
+    "vision_output_dim": 32,
+    "mlp_dim": 32,
+    "global_attn_indexes": [0],
+    **dict.fromkeys(
+        ("num_heads", "num_attention_heads", "num_key_value_heads", "encoder_attention_heads"), 2
+    ),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim"), 32),
+    **dict.fromkeys(("out_hidden_size", "output_dim"), HIDDEN),
+    "image_size": 28,
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+
+
 def tiny_config(family: str, *, top_k: int = TOP_K, **settings):
-    """Configuration of a small model; `settings` override."""
+    """Configuration of a small model; `settings` override, in one with several parts those of its text part.
+
+    A text part that is never a model of its own comes with the rest of its model.
+    """
     config_class = CONFIG_MAPPING[family]
+    if "text_config" not in config_class.sub_configs and auto_class(config_class) is None:
+        config_class = next(
+            whole
+            for whole in CONFIG_MAPPING.values()
+            if getattr(whole.sub_configs.get("text_config"), "model_type", None) == family
+        )
+    if text := config_class.sub_configs.get("text_config"):
+        towers = {name: _tower(part) for name, part in _parts(config_class()) if name != "text_config"}
+        texts = _text_config(text.model_type, top_k, settings).to_dict()
+        return config_class(text_config=texts, **towers)
+    return _text_config(family, top_k, settings)
+
+
+def _parts(config) -> list[tuple[str, object]]:
+    parts = [(name, getattr(config, name, None)) for name in config.sub_configs]
+    return [(name, part) for name, part in parts if part is not None]
+
+
+def _tower(config) -> dict:
+    sizes = {key: value for key, value in _TOWER.items() if getattr(config, key, None) is not None}
+    return {"model_type": config.model_type, **sizes, **{name: _tower(part) for name, part in _parts(config)}}
+
+
+def _known(config_class) -> set[str]:
     known = set(inspect.signature(config_class.__init__).parameters)
     for base in config_class.__mro__:
         known |= set(getattr(base, "__annotations__", {}))
+    return known
+
+
+def _text_config(family: str, top_k: int, settings: dict):
+    config_class = CONFIG_MAPPING[family]
+    known = _known(config_class)
     common = {key: top_k if key in TOP_KS else value for key, value in _COMMON.items() if key in known}
-    return config_class(**{**common, **_SPECIAL.get(family, {}), **settings})
+    special = _SPECIAL.get(family, {})
+    if "ffn_config" in special:
+        special = {**special, "ffn_config": {**special["ffn_config"], "moe_top_k": top_k}}
+    return config_class(**{**common, **special, **settings})
+
+
+def auto(model_or_config):
+    """Automatic class of transformers that loads a model."""
+    return getattr(transformers, auto_class(type(getattr(model_or_config, "config", model_or_config)))[0])
 
 
 def tiny_model(family: str, *, seed: int = 0, **settings) -> torch.nn.Module:
     """Small random model whose routers decide clearly and whose biases are not zero."""
     config = tiny_config(family, **settings)
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             bias = name.endswith("bias") and ("expert" in name or "router" in name or "correction" in name)
@@ -151,7 +242,8 @@ def tokens(*, seed: int = 0, batch: int = 2, length: int = 9) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Logits of the tokens of :func:`tokens`."""
-    return model(tokens()).logits
+    decoder = {"decoder_input_ids": tokens(seed=1)} if model.config.is_encoder_decoder else {}
+    return model(tokens(), **decoder).logits
 
 
 @torch.no_grad()
