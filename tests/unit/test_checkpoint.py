@@ -81,7 +81,7 @@ def test_blocks_of_a_folder_are_those_of_the_model(name, tmp_path):
         same(blocks[layer.layer], expert_block(layer))
         assert blocks[layer.layer].num_experts == EXPERTS
         assert blocks[layer.layer].minimum == layer.minimum
-    assert family(tmp_path / "model") == model.config.model_type
+    assert family(tmp_path / "model") == model.config.get_text_config().model_type
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
@@ -176,10 +176,6 @@ def test_a_folder_without_weights_is_refused(mixtral):
         (
             lambda t, n: t.update({n: t[n][:-1].clone()}),
             r"layer 1: gate: .*5\.w1\.weight has shape \(31, 64\)",
-        ),
-        (
-            lambda t, n: t.update({n: t[n].half()}),
-            "layer 1: gate: the experts have different types, F16, F32",
         ),
         (lambda t, n: t.update({n: t[n].to(torch.int8)}), r"w1\.weight is I8; quantised weights"),
         (
