@@ -37,9 +37,9 @@ def test_the_noise_of_the_estimator_is_relative():
 
 
 def test_the_spread_that_keeps_a_share_is_found_on_the_curve():
-    spreads = [0.01, 0.03, 0.1, 0.3]
-    noise = demos.noise_kept(experts=60, tau=1.25, spreads=spreads, diagonals=["zero"], draws=3)
-    curve = (noise.groupby("spread").kept.mean() / 60).reset_index()
+    settings = [("zero", spread) for spread in (0.01, 0.03, 0.1, 0.3)]
+    noise = demos.paper_noise({"Qwen1.5-MoE": {"experts": 60, "kept": 28.25}}, settings, draws=3)
+    curve = noise.assign(kept=noise.kept / 60)
     middle = threshold.spread_that_keeps(curve, curve.kept[2])
     assert middle == pytest.approx(0.1)
     assert 0.1 < threshold.spread_that_keeps(curve, (curve.kept[2] + curve.kept[3]) / 2) < 0.3
