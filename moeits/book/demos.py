@@ -157,7 +157,7 @@ def disguises(*, neurons: int, width: int, seed: int = 0) -> pd.DataFrame:
         "the same weights": block,
         "one factor for all neurons": planted.rescale(block, 0, np.full(neurons, 2.0)),
         "up and down negated": planted.rescale(block, 0, np.full(neurons, -1.0)),
-        "a factor of its own for each neuron": planted.rescale(block, 0, factors),
+        "a different factor for each neuron": planted.rescale(block, 0, factors),
         "a random half of the neurons negated": planted.rescale(block, 0, rng.choice([-1.0, 1.0], neurons)),
         "neurons in another order": planted.permute(block, 0, rng.permutation(neurons)),
     }

@@ -1,5 +1,5 @@
 // Moves tau on a figure that moeits/slider.py has drawn: which experts go, and where rho lies. Algorithm 3 itself ran
-// in Python; the order of removal does not depend on tau, so a threshold only says how many of its steps are taken.
+// in Python; the order of removal does not depend on tau, so the threshold only decides how many of its steps are taken.
 (function () {
   const root = document.getElementById("NAME");
   const data = JSON.parse(root.querySelector("script[type='application/json']").textContent);
@@ -29,10 +29,10 @@
     range.setAttribute("aria-valuetext", `tau ${tau.toFixed(2)}`);
     const last = steps[steps.length - 1];
     const why = last
-      ? `The last to go is expert ${last.removed}, of the pair ${last.pair[0]} and ${last.pair[1]} with an NMI of ${last.nmi.toFixed(3)}.`
-      : "No pair exceeds the limit.";
+      ? `The last removed expert is ${last.removed}, from the pair ${last.pair[0]} and ${last.pair[1]} with an NMI of ${last.nmi.toFixed(3)}.`
+      : "No pair exceeds rho.";
     text.textContent =
-      `tau = ${tau.toFixed(2)}, rho = ${limit.toFixed(3)}: ${kept.length} of ${data.experts} experts stay ` +
+      `tau = ${tau.toFixed(2)}, rho = ${limit.toFixed(3)}: ${kept.length} of ${data.experts} experts are kept ` +
       `(${kept.join(", ")}). ${why}`;
   }
 

@@ -35,9 +35,9 @@ def tau_slider(
 ) -> str:
     """Draw a layer's NMI matrix with a slider that moves tau.
 
-    The heat map crosses out the experts that go, in the order of Algorithm 3, and frames the pairs above the
-    limit; below it, every pair is a line on the scale of NMI, on which rho moves. A sentence says the
-    same for those who do not see it.
+    The heat map fades the removed experts, in the order of Algorithm 3, and frames the pairs above the
+    threshold. Below it, every pair is a line on the scale of NMI, on which rho moves. A sentence gives the
+    same information to readers who cannot see the drawing.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Experts made for testing a criterion: random ones, planted copies whose answer is known, and null models.
+"""Experts made for testing a criterion: random ones, duplicates with a known answer, and null models.
 
 Blocks are as in :func:`moeits.nmi.nmi_matrix`: ``gate`` and ``up`` of shape (E, m, d), ``down`` (E, d, m).
 Arrays only, every draw from the generator that is given.
@@ -214,14 +214,14 @@ def noise_matrix(rng: np.random.Generator, experts: int, spread: float) -> np.nd
 
 
 class Found(NamedTuple):
-    """How well the removed experts are those that were planted.
+    """How well the removed experts match the duplicates.
 
     Attributes
     ----------
     precision : float
-        Removed experts that were the first of a planted pair to go, among all removed ones; NaN if none was.
+        Share of the removed experts that were the first removed of a pair; NaN if none was removed.
     recall : float
-        Planted pairs that lost an expert.
+        Share of the pairs that lost an expert.
     removed : int
         Number of removed experts.
     """
@@ -232,17 +232,17 @@ class Found(NamedTuple):
 
 
 def found(removed: Iterable[int], pairs: Iterable[tuple[int, int]]) -> Found:
-    """Compare the removed experts with the planted pairs.
+    """Compare the removed experts with the pairs of duplicates.
 
-    Removing one of a pair is right, whichever it is; removing the other too is as wrong as removing an expert
-    without a copy.
+    Removing either expert of a pair is right. Removing both is as wrong as removing an expert without a
+    duplicate.
 
     Parameters
     ----------
     removed : iterable of int
-        Experts that went.
+        The removed experts.
     pairs : iterable of (int, int)
-        The planted pairs.
+        The pairs of duplicates.
     """
     gone, pairs = set(removed), list(pairs)
     hit = sum(bool(gone & set(pair)) for pair in pairs)
