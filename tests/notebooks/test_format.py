@@ -83,8 +83,10 @@ LONGEST_CELL = 25  # lines
 )
 def test_page_has_goals_takeaways_and_short_cells(path):
     cells = nbformat.read(path, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    opening = prose.partition("\n## ")[0]
     for word in ("*Goals*:", "*Prerequisites*:", "*Reading*:", "*Run time*:"):
-        assert word in cells[0].source
+        assert word in opening
     takeaways = cells[-1].source.partition("```{admonition} Takeaways\n")[2]
     assert len(re.findall(r"^[1-3]\. .+[.]$", takeaways, re.M)) == 3
     lengths = {cell.id: len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code"}
