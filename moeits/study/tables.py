@@ -67,9 +67,10 @@ def shown(profile: Profile) -> Shown:
     """
     compared = [Comparison(profile, name) for name in profile.models]
     here = [cell for one in compared for cell in one.found()]
-    published = DATA / "reference" / "laptop"
-    other = records.load(published, "rival") if profile.name == "laptop" else []
     kinds = ("final", "oracle", "speed", "statistics")
+    published = DATA / "reference" / "laptop"
+    known = [record for record in records.load(published) if record.inputs.get("model") in profile.models]
+    other = [record for record in known if record.step == "rival"] if profile.name == "laptop" else []
     if len(here) >= len(other):
         return Shown(
             here,
@@ -91,7 +92,7 @@ def shown(profile: Profile) -> Shown:
             f" This machine has repeated {len(gaps)} of them; the bits per byte differ by at most "
             f"{max(gaps):.1%}."
         )
-    return Shown(other, *(records.load(published, kind) for kind in kinds), source)
+    return Shown(other, *([record for record in known if record.step == kind] for kind in kinds), source)
 
 
 def _place(cell: Record) -> tuple[str, str, comparison.Budget]:
