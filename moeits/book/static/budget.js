@@ -44,8 +44,8 @@ function draw(model, budget) {
     `<path class="moeits" d="M4 ${legend - 5}l10 10m0 -10l-10 10"/><text class="start" x="20" y="${legend + 4}">MoEITS</text>`,
     `<circle class="random" cx="80" cy="${legend}" r="4.5"/><circle class="cloud" cx="92" cy="${legend}" r="2"/>`,
     `<text class="start" x="100" y="${legend + 4}">random subsets, mean and each</text>`,
-    `<rect class="slices" x="276" y="${legend - 4}" width="8" height="8"/>`,
-    `<text class="start" x="290" y="${legend + 4}">one expert per slice</text>`,
+    `<rect class="slices" x="298" y="${legend - 4}" width="8" height="8"/>`,
+    `<text class="start" x="312" y="${legend + 4}">one per slice</text>`,
   );
   drawing.setAttribute("viewBox", `0 0 ${RIGHT + 44} ${legend + 12}`);
   drawing.innerHTML = parts.join("");
