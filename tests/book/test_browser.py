@@ -31,25 +31,23 @@ def test_every_page_passes(visited, kind):
     assert {page: found[kind] for page, found in visited.items() if found[kind]} == {}
 
 
-MOVE = """(() => {{
-  const range = document.getElementById("tau-slider-tau");
-  range.value = {};
-  range.dispatchEvent(new Event("input"));
-}})()"""
-TEXT = "document.getElementById('tau-slider-text').textContent"
-GONE = "document.querySelectorAll('#tau-slider rect.gone').length"
+KEPT = """new Promise((done) => setTimeout(
+  () => done(document.getElementById("laboratory-text").textContent), 500))"""
+DISGUISE = """(() => {
+  const range = document.getElementById("laboratory-permuted");
+  range.value = 16;
+  range.dispatchEvent(new Event("input", {bubbles: true}));
+})()"""
 HITS = """new Promise((done) => setTimeout(
   () => done(document.querySelectorAll("#search-results li").length), 3000))"""
 
 
-def test_the_slider_moves(port, smoke):
-    steps = (TEXT, MOVE.format(0), TEXT, GONE, MOVE.format(5), TEXT, GONE)
-    found = visit(port, smoke.html, "notebooks/nmi-demos.html", expressions=steps)
-    first, _, low, many, _, high, few = found["values"]
-    assert first.startswith("tau = 1.25")
-    assert low.startswith("tau = 0.00")
-    assert high.startswith("tau = 5.00")
-    assert many > few
+def test_the_laboratory_moves_in_its_page(port, smoke):
+    moves = (KEPT, DISGUISE, KEPT)
+    before, _, after = visit(port, smoke.html, "notebooks/laboratory.html", expressions=moves)["values"]
+    assert before.startswith("upcycled-1")
+    assert after.startswith("upcycled-1")
+    assert before != after
 
 
 def test_the_search_finds_a_word_without_a_server(port, smoke):
