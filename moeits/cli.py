@@ -221,14 +221,14 @@ def select(
             raise click.UsageError(
                 "--tau, --at-least and --diagonal belong to an nmi.npz, not to --criterion"
             )
-        from moeits.criteria.folder import select_from_folder
+        from moeits.criteria.folder import select_by
         from moeits.machine import devices
 
         budget = _budget(n_keep=n_keep, share=share)
         place, number, _ = devices.choose(device, dtype or "float32")
-        kept = select_from_folder(
-            source,
+        kept = select_by(
             criterion,
+            source,
             text=text or "calibration",
             tokens=calibration_tokens,
             seed=seed,

@@ -73,7 +73,7 @@ def simplify(
     """
     from tqdm import tqdm
 
-    from moeits.criteria.folder import select_from_model
+    from moeits.criteria.folder import select_by
     from moeits.machine import devices
     from moeits.models.families import check_budgets, expert_block, moe_layers
     from moeits.models.folder import load_model
@@ -92,7 +92,7 @@ def simplify(
     if criterion != MOEITS:
         if tau is not None or at_least is not None or at_least_top_k:
             raise MoeitsError(f"{criterion!r} takes n_keep or share; tau and at_least belong to {MOEITS!r}")
-        kept = select_from_model(model, criterion, text=text, n_keep=n_keep, share=share)
+        kept = select_by(criterion, model, text=text, n_keep=n_keep, share=share)
         return Simplified(prune_model(model, kept), kept)
     chosen = PRESETS[preset]
     weights = chosen.projection_weights(model.config.model_type)

@@ -1,10 +1,10 @@
 """What other methods would keep: each behind one interface, from a layer's weights and statistics.
 
-A criterion chooses the experts of a layer that stay, or changes the weights of the layer, and says how a
+A criterion chooses the experts of a layer to keep, or changes the weights of the layer, and says how a
 share of all experts is spread over the layers. Statistics come from :mod:`moeits.criteria.statistics`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,19 +19,10 @@ from moeits.criteria import (
     reconstruction,
     router,
 )
-from moeits.criteria.base import (
-    Change,
-    Choose,
-    Layer,
-    Score,
-    Spread,
-    across_layers,
-    best,
-    uniform,
-    whole_groups,
-)
+from moeits.criteria.base import Change, Layer, Score, Spread, across_layers, best, uniform, whole_groups
 from moeits.errors import BudgetError, MoeitsError
 from moeits.machine.keys import by_value
+from moeits.selection import check_budget, equal_count
 
 
 @dataclass(frozen=True)
@@ -42,28 +33,25 @@ class Criterion:
     ----------
     title : str
         Name in prose. Definition and source are in the docstrings of the functions.
-    needs_calibration : bool, default=True
-        Whether it reads statistics of calibration text.
-    needs_probe : bool, default=False
-        Whether it reads statistics of random tokens.
+    text : {"calibration", "random", None}, default="calibration"
+        Text whose statistics it reads: calibration text, random tokens, or none.
     needs_loss : bool, default=False
         Whether it asks the model for its loss, once for each subset of a layer's experts.
     score : callable, optional
-        Layer -> importance of its experts (E,); those with the largest stay.
+        Layer -> importance of its experts (E,); those with the largest are kept.
     choose : callable, optional
         Layer, number -> experts to keep.
     change : callable, optional
         Layer, number -> new weights, in about the bytes of that number of experts.
-    spread : callable
-        Layers, share -> number of experts to keep in each.
+    spread : callable, default=uniform
+        Layers, share, score -> number of experts to keep in each layer.
     """
 
     title: str
-    needs_calibration: bool = True
-    needs_probe: bool = False
+    text: str | None = "calibration"
     needs_loss: bool = False
     score: Score | None = None
-    choose: Choose | None = None
+    choose: Callable[[Layer, int], Sequence[int]] | None = None
     change: Callable[[Layer, int], Change] | None = None
     spread: Spread = uniform
 
@@ -74,8 +62,52 @@ class Criterion:
 
     @property
     def functions(self) -> list[object]:
-        """Names and options of what computes the choice, as JSON can write them."""
-        return [_named(part) for part in (self.score, self.choose, self.change, self.spread)]
+        """Text, names and options of what computes the choice, as JSON can write them; the spread last."""
+        return [_named(part) for part in (self.text, self.score, self.choose, self.change, self.spread)]
+
+    def counts(
+        self,
+        layers: Mapping[int, Layer],
+        *,
+        n_keep: int | None = None,
+        share: float | None = None,
+        uniform: bool = False,
+    ) -> dict[int, int]:
+        """Count the experts to keep in each layer of a model.
+
+        Parameters
+        ----------
+        layers : mapping of int to Layer
+            All layers of the model, by number.
+        n_keep : int, optional
+            Number of experts to keep in every layer.
+        share : float, optional
+            Fraction of all experts to keep, in (0, 1].
+        uniform : bool, default=False
+            Keep equally many experts of a share in every layer, whatever the criterion's own spread.
+
+        Raises
+        ------
+        MoeitsError
+            If not exactly one budget is given, or the share is out of range.
+        """
+        if (n_keep is None) == (share is None):
+            raise MoeitsError("give exactly one of n_keep and share")
+        if share is not None:
+            experts, first = [layer.experts for layer in layers.values()], next(iter(layers.values()))
+            check_budget(min(experts), share=share)
+            if not uniform:
+                return whole_groups(self.spread(layers, share, self.score), layers)
+            n_keep = equal_count(share, experts, first.groups, first.minimum)
+        return dict.fromkeys(layers, n_keep)
+
+    def select(self, layers: Mapping[int, Layer], **budget: object) -> dict[int, tuple[int, ...]]:
+        """Select the experts of every layer to keep, by layer and ascending.
+
+        The budget is that of :meth:`counts`; errors are those of :meth:`counts` and :meth:`keep`.
+        """
+        counts = self.counts(layers, **budget)
+        return {number: self.keep(layer, counts[number]) for number, layer in layers.items()}
 
     def keep(self, layer: Layer, n_keep: int) -> tuple[int, ...]:
         """Choose `n_keep` experts of a layer.
@@ -88,12 +120,12 @@ class Criterion:
         _check_number(layer, n_keep, layer.groups)
         if self.choose is not None:
             return tuple(self.choose(layer, n_keep))
-        if self.score is not None:
-            scores = np.asarray(self.score(layer))
-            if not np.isfinite(scores).all():
-                raise MoeitsError(f"layer {layer.number}: {self.title} gives scores that are not finite")
-            return best(scores, n_keep, layer.groups)
-        raise MoeitsError(f"{self.title} changes weights instead of choosing experts")
+        if self.score is None:
+            raise MoeitsError(f"{self.title} changes weights instead of choosing experts")
+        scores = np.asarray(self.score(layer))
+        if not np.isfinite(scores).all():
+            raise MoeitsError(f"layer {layer.number}: {self.title} gives scores that are not finite")
+        return best(scores, n_keep, layer.groups)
 
     def apply(self, layer: Layer, n_keep: int) -> Change:
         """Compute new weights of a layer, in about the bytes of `n_keep` experts.
@@ -129,97 +161,16 @@ def _check_number(layer: Layer, n_keep: int, groups: int = 1) -> None:
 
 @by_value
 def criterion(name: str) -> Criterion:
-    """Look up a criterion.
-
-    Raises
-    ------
-    MoeitsError
-        If there is none of that name.
-    """
+    """Look up a criterion; a MoeitsError, where there is none of that name, lists the known ones."""
     if name not in CRITERIA:
         raise MoeitsError(f"no criterion {name!r}: there are {', '.join(CRITERIA)}")
     return CRITERIA[name]
 
 
-def counts_for(
-    name: str,
-    layers: Mapping[int, Layer],
-    *,
-    n_keep: int | None = None,
-    share: float | None = None,
-    counts: Mapping[int, int] | None = None,
-) -> dict[int, int]:
-    """Count the experts that stay in each layer.
-
-    Parameters
-    ----------
-    name : str
-        A criterion.
-    layers : mapping of int to Layer
-        All layers of a model.
-    n_keep : int, optional
-        The same number in every layer.
-    share : float, optional
-        Share of all experts, spread as the criterion does.
-    counts : mapping of int to int, optional
-        The numbers themselves, for every layer.
-
-    Returns
-    -------
-    dict of int to int
-        By layer.
-
-    Raises
-    ------
-    MoeitsError
-        If not exactly one budget is given, a share is not in (0, 1], or `counts` leaves a layer out.
-    """
-    if sum(given is not None for given in (n_keep, share, counts)) != 1:
-        raise MoeitsError("give exactly one of n_keep, share and counts")
-    if n_keep is not None:
-        return dict.fromkeys(layers, n_keep)
-    if counts is not None:
-        if set(counts) != set(layers):
-            raise MoeitsError(f"counts are given for layers {sorted(counts)}, the model has {sorted(layers)}")
-        return dict(counts)
-    if not 0 < share <= 1:
-        raise MoeitsError(f"share is {share}: give a fraction of the experts to keep, above 0 and at most 1")
-    return whole_groups(criterion(name).spread(layers, share), layers)
-
-
-def select(
-    name: str,
-    layers: Mapping[int, Layer],
-    *,
-    n_keep: int | None = None,
-    share: float | None = None,
-    counts: Mapping[int, int] | None = None,
-) -> dict[int, tuple[int, ...]]:
-    """Choose the experts of every layer that stay.
-
-    Parameters
-    ----------
-    name, layers, n_keep, share, counts
-        As in :func:`counts_for`.
-
-    Returns
-    -------
-    dict of int to tuple of int
-        Kept experts by layer, ascending.
-
-    Raises
-    ------
-    MoeitsError
-        See :func:`counts_for` and :meth:`Criterion.keep`.
-    """
-    chosen = counts_for(name, layers, n_keep=n_keep, share=share, counts=counts)
-    return {number: criterion(name).keep(layer, chosen[number]) for number, layer in layers.items()}
-
-
 def _moeits(title: str, *, diagonal: str = "zero", **options: object) -> Criterion:
     return Criterion(
         title,
-        needs_calibration=False,
+        text=None,
         choose=partial(information.moeits, **options),
         spread=partial(information.by_one_tau, diagonal=diagonal, **options),
     )
@@ -230,7 +181,7 @@ _RANKED = {
     "router-weight": Criterion("Router weight", score=router.router_weight),
     "activation-norm": Criterion("Activation norm (EAN)", score=router.activation_norm),
     "reap": Criterion("REAP", score=router.reap),
-    "weight-product": Criterion("Weight product", needs_calibration=False, score=information.weight_product),
+    "weight-product": Criterion("Weight product", text=None, score=information.weight_product),
 }
 
 _MOEITS = {
@@ -243,21 +194,19 @@ _MOEITS = {
 }
 
 CRITERIA: dict[str, Criterion] = {
-    "random": Criterion("Random", needs_calibration=False, choose=controls.random),
-    "first": Criterion("First", needs_calibration=False, score=controls.first),
+    "random": Criterion("Random", text=None, choose=controls.random),
+    "first": Criterion("First", text=None, score=controls.first),
     "oracle": Criterion("Oracle", needs_loss=True, choose=controls.oracle),
     **_RANKED,
     **{
-        f"{name}-global": replace(
-            entry, title=f"{entry.title}, global", spread=partial(across_layers, score=entry.score)
-        )
+        f"{name}-global": replace(entry, title=f"{entry.title}, global", spread=across_layers)
         for name, entry in _RANKED.items()
     },
     "lu": Criterion("Lu et al.", choose=reconstruction.lu),
     "moe-i2": Criterion(
         "MoE-I², experts", choose=reconstruction.lu, spread=reconstruction.by_layer_importance
     ),
-    "moe-i2-low-rank": Criterion("MoE-I², low rank", needs_calibration=False, change=compression.low_rank),
+    "moe-i2-low-rank": Criterion("MoE-I², low rank", text=None, change=compression.low_rank),
     "stun": Criterion("STUN, experts", choose=clusters.stun),
     "stun-sparse": Criterion("STUN, both stages", change=compression.stun_sparse),
     "dern": Criterion("DERN", change=recombination.dern),
@@ -272,10 +221,7 @@ CRITERIA: dict[str, Criterion] = {
         if name != "moeits-exclude"  # whose order of removal is that of moeits
     },
     "random-token-norm": Criterion(
-        "Activation norm on random tokens",
-        needs_calibration=False,
-        needs_probe=True,
-        score=router.random_token_norm,
+        "Activation norm on random tokens", text="random", score=router.activation_norm
     ),
 }
 """Every method by name."""

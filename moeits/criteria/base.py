@@ -52,7 +52,7 @@ class Routing:
         Parameters
         ----------
         logits : ndarray, shape (n, E)
-            Of the whole router.
+            Of all experts.
         kept : sequence of int, optional
             Experts that are left; all by default.
 
@@ -179,12 +179,10 @@ class Layer:
     minimum, groups : int
         Fewest experts with which the layer works, and groups of its router, which must stay equally large.
     calibration : Statistics, optional
-        Of calibration text.
-    probe : Statistics, optional
-        Of random tokens.
+        Of the text that the criterion reads; read as :attr:`statistics`.
     loss : callable, optional
         Kept experts -> the model's loss on calibration text, in nats per token, when this layer has only
-        them and every other layer is whole.
+        them and every other layer is unpruned.
     seed : int
         Of random choices.
     memory : Memory
@@ -198,7 +196,6 @@ class Layer:
     minimum: int = 1
     groups: int = 1
     calibration: Statistics | None = None
-    probe: Statistics | None = None
     loss: Callable[[Sequence[int]], float] | None = None
     seed: int = 0
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
@@ -210,26 +207,14 @@ class Layer:
 
     @property
     def statistics(self) -> Statistics:
-        """Statistics of calibration text.
-
-        Raises
-        ------
-        MoeitsError
-            If none were gathered.
-        """
+        """Statistics of the text that the criterion reads; a MoeitsError where none were gathered."""
         if self.calibration is None:
-            raise MoeitsError(f"layer {self.number}: this criterion needs statistics of calibration text")
+            raise MoeitsError(f"layer {self.number}: this criterion needs statistics of text")
         return self.calibration
 
     @property
     def routing(self) -> Routing:
-        """Rule of the router.
-
-        Raises
-        ------
-        MoeitsError
-            If it is not known, so that nobody can say how tokens are routed when experts are gone.
-        """
+        """Rule of the router; a BudgetError where it is not known, and so its choice among fewer experts."""
         if self.statistics.routing is None:
             raise BudgetError(
                 f"layer {self.number}: the router of this {self.family!r} model is not a top-k of softmax or "
@@ -265,7 +250,7 @@ class Change(NamedTuple):
     block : dict of str to ndarray
         As :attr:`Layer.weights`, for all E experts.
     kept : tuple of int
-        Experts that stay after that; all of them where the method removes none.
+        Kept experts; all of them where the method removes none.
     stored : float
         Bytes that the routed experts then take, as a share of all their weights in 16 bits.
     """
@@ -276,8 +261,7 @@ class Change(NamedTuple):
 
 
 Score = Callable[[Layer], np.ndarray]
-Choose = Callable[[Layer, int], Sequence[int]]
-Spread = Callable[[Mapping[int, Layer], float], dict[int, int]]
+Spread = Callable[[Mapping[int, Layer], float, Score | None], dict[int, int]]
 
 
 def best(scores: np.ndarray, n_keep: int, groups: int = 1) -> tuple[int, ...]:
@@ -329,7 +313,7 @@ def whole_groups(counts: Mapping[int, int], layers: Mapping[int, Layer]) -> dict
     return rounded
 
 
-def uniform(layers: Mapping[int, Layer], share: float) -> dict[int, int]:
+def uniform(layers: Mapping[int, Layer], share: float, _: Score | None = None) -> dict[int, int]:
     """Spread a share over the layers: the same share of each, rounded half up, at least its minimum."""
     return {
         number: min(max(int(share * layer.experts + 0.5), layer.minimum), layer.experts)
@@ -337,67 +321,12 @@ def uniform(layers: Mapping[int, Layer], share: float) -> dict[int, int]:
     }
 
 
-def largest(
-    scores: Mapping[int, np.ndarray], total: int, minimum: Mapping[int, int] | None = None
-) -> dict[int, int]:
-    """Count in every layer the largest scores of all layers together.
-
-    `scores` (E,) of each layer compare across layers; the `minimum` of each layer, 1 by default, comes
-    first, and the counts add up to `total`.
-
-    Raises
-    ------
-    BudgetError
-        If the total is smaller than the minima together, or larger than the number of experts.
-    """
-    counts = {layer: 1 if minimum is None else minimum[layer] for layer in scores}
-    ordered = {layer: np.sort(np.asarray(values))[::-1] for layer, values in scores.items()}
-    rest = [(-value, layer) for layer, values in ordered.items() for value in values[counts[layer] :]]
-    missing = total - sum(counts.values())
-    if not 0 <= missing <= len(rest):
-        raise BudgetError(
-            f"cannot keep {total} experts: at least {sum(counts.values())} must stay, "
-            f"and there are {sum(map(len, scores.values()))}"
-        )
-    for _, layer in sorted(rest)[:missing]:
-        counts[layer] += 1
+def across_layers(layers: Mapping[int, Layer], share: float, score: Score) -> dict[int, int]:
+    """Spread a share so that the largest scores of all layers together stay, each layer's minimum first."""
+    counts = {number: layer.minimum for number, layer in layers.items()}
+    total = round(share * sum(layer.experts for layer in layers.values()))
+    ordered = {number: np.sort(score(layer))[::-1] for number, layer in layers.items()}
+    rest = [(-value, number) for number, values in ordered.items() for value in values[counts[number] :]]
+    for _, number in sorted(rest)[: max(total - sum(counts.values()), 0)]:
+        counts[number] += 1
     return counts
-
-
-def across_layers(layers: Mapping[int, Layer], share: float, *, score: Score) -> dict[int, int]:
-    """Spread a share so that the largest scores of all layers together stay, where scores compare."""
-    minimum = {number: layer.minimum for number, layer in layers.items()}
-    total = max(round(share * sum(layer.experts for layer in layers.values())), sum(minimum.values()))
-    return largest({number: score(layer) for number, layer in layers.items()}, total, minimum)
-
-
-def proportional(
-    weights: Mapping[int, float], total: int, lower: Mapping[int, int], upper: Mapping[int, int]
-) -> dict[int, int]:
-    """Deal out a total in proportion to weights, not negative, within bounds, by largest remainders.
-
-    Raises
-    ------
-    BudgetError
-        If the total is not between the sums of the bounds.
-    """
-    keys = list(weights)
-    low, high = (np.array([bound[key] for key in keys], dtype=float) for bound in (lower, upper))
-    values = np.array([weights[key] for key in keys], dtype=float)
-    values = np.maximum(values / max(values.max(), np.finfo(float).tiny), 1e-12)
-    if not low.sum() <= total <= high.sum():
-        raise BudgetError(f"cannot deal out {total}: the bounds allow {low.sum():g} to {high.sum():g}")
-    # The factor between none and all: what it gives, within the bounds, grows with it.
-    smallest, biggest = 0.0, float((high / values).max())
-    for _ in range(200):
-        factor = (smallest + biggest) / 2
-        if np.clip(factor * values, low, high).sum() < total:
-            smallest = factor
-        else:
-            biggest = factor
-    exact = np.clip(biggest * values, low, high)
-    counts = np.floor(exact + 1e-9)
-    for at in np.argsort(-(exact - counts), kind="stable"):
-        if counts.sum() < total and counts[at] < high[at]:
-            counts[at] += 1
-    return dict(zip(keys, counts.astype(int).tolist(), strict=True))

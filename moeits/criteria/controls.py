@@ -6,7 +6,7 @@ from moeits.criteria.base import Layer, all_subsets, in_groups, number_of_subset
 from moeits.errors import BudgetError, MoeitsError
 
 SUBSETS = 100
-"""Subsets of a layer's experts up to which the oracle tries them: each is a pass of the whole model."""
+"""Subsets of a layer's experts up to which the oracle tries them: each is a pass of the model."""
 
 
 def random(layer: Layer, n_keep: int) -> tuple[int, ...]:
@@ -22,13 +22,7 @@ def first(layer: Layer) -> np.ndarray:
 
 
 def subsets(layer: Layer, n_keep: int) -> list[tuple[int, ...]]:
-    """List all subsets of `n_keep` experts in lexicographic order.
-
-    Raises
-    ------
-    MoeitsError
-        If there are more than :data:`SUBSETS`.
-    """
+    """List all subsets of `n_keep` experts in lexicographic order; a BudgetError if too many to try."""
     count = number_of_subsets(layer, n_keep)
     if count > SUBSETS:
         raise BudgetError(
@@ -39,13 +33,7 @@ def subsets(layer: Layer, n_keep: int) -> list[tuple[int, ...]]:
 
 
 def oracle(layer: Layer, n_keep: int) -> tuple[int, ...]:
-    """Best subset of all by the loss of the model; of equally good ones, the first.
-
-    Raises
-    ------
-    MoeitsError
-        If there are too many subsets, or nobody gave the layer the model's loss.
-    """
+    """Best subset of all by the loss of the model; of equally good ones, the first."""
     if layer.loss is None:
         raise MoeitsError(f"layer {layer.number}: the oracle needs the loss of the model")
     return min(subsets(layer, n_keep), key=layer.loss)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moeits.criteria.base import Layer
+from moeits.criteria.base import Layer, Score
 from moeits.nmi import PRESETS, nmi_matrix
 from moeits.selection import select_experts, select_share
 
@@ -41,12 +41,7 @@ def redundancy(
 def moeits(layer: Layer, n_keep: int, **options: object) -> tuple[int, ...]:
     """Keep what Algorithm 3 leaves of a layer when it has removed all but `n_keep` experts.
 
-    Parameters
-    ----------
-    layer, n_keep
-        The layer and the number.
-    **options
-        For :func:`redundancy`.
+    The options are those of :func:`redundancy`.
 
     References
     ----------
@@ -56,23 +51,16 @@ def moeits(layer: Layer, n_keep: int, **options: object) -> tuple[int, ...]:
 
 
 def by_one_tau(
-    layers: Mapping[int, Layer], share: float, *, diagonal: str = "zero", **options: object
+    layers: Mapping[int, Layer],
+    share: float,
+    _: Score | None = None,
+    *,
+    diagonal: str = "zero",
+    **options: object,
 ) -> dict[int, int]:
-    """Spread a share over the layers by the one tau that keeps it.
+    """Spread a share over the layers by the one tau that keeps it; a BudgetError where none does.
 
-    Parameters
-    ----------
-    layers, share
-        The layers and the share of all experts.
-    diagonal : {"zero", "one", "exclude"}
-        As in :func:`moeits.selection.select_experts`.
-    **options
-        For :func:`redundancy`.
-
-    Raises
-    ------
-    MoeitsError
-        If no tau keeps so few or so many.
+    The diagonal is that of :func:`moeits.selection.select_experts`, the options those of :func:`redundancy`.
     """
     matrices = {number: redundancy(layer, **options) for number, layer in layers.items()}
     floor = max(layer.minimum for layer in layers.values())

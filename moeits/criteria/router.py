@@ -1,11 +1,8 @@
 """Scores that are read off the router's weights and the size of the experts' outputs, shape (E,)."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from moeits.criteria.base import Layer
-from moeits.errors import MoeitsError
 
 
 def frequency(layer: Layer) -> np.ndarray:
@@ -36,19 +33,6 @@ def activation_norm(layer: Layer) -> np.ndarray:
     doi:10.48550/arXiv.2504.05586.
     """
     return layer.statistics.norms / layer.statistics.tokens
-
-
-def random_token_norm(layer: Layer) -> np.ndarray:
-    """Activation norm on random tokens, which need no text.
-
-    Raises
-    ------
-    MoeitsError
-        If the layer has no statistics of random tokens.
-    """
-    if layer.probe is None:
-        raise MoeitsError(f"layer {layer.number}: this criterion needs statistics of random tokens")
-    return activation_norm(replace(layer, calibration=layer.probe))
 
 
 def reap(layer: Layer) -> np.ndarray:

@@ -27,13 +27,13 @@ def gather(
     Parameters
     ----------
     model : torch.nn.Module
-        Whole causal language model of a family that :func:`moeits.models.families.moe_layers` serves, on any
-        device.
+        Unpruned causal language model of a family that :func:`moeits.models.families.moe_layers` supports,
+        on any device.
     blocks : ndarray of int, shape (N, T)
         Token ids.
-    batch_size : int
+    batch_size : int, default=8
         Blocks per pass.
-    sample : int
+    sample : int, default=256
         Tokens to sample, spread evenly over the text; all where there are fewer.
 
     Returns
@@ -64,7 +64,7 @@ def gather(
 
 
 def random_tokens(model: nn.Module, tokens: int, *, length: int = 512, seed: int = 0) -> np.ndarray:
-    """Draw token ids from a model's whole vocabulary, all equally likely, shape (blocks, length).
+    """Draw token ids from a model's vocabulary, all equally likely, shape (blocks, length).
 
     `tokens` are rounded down to whole blocks, at least one.
     """
@@ -77,13 +77,12 @@ def layers_of(
     model: nn.Module,
     statistics: Mapping[int, Statistics] | None = None,
     *,
-    probe: Mapping[int, Statistics] | None = None,
     seed: int = 0,
 ) -> dict[int, Layer]:
-    """Show the layers of a whole model to criteria, by number; the weights are not copied.
+    """Show the layers of a model to criteria, by number; the weights are not copied.
 
-    `statistics` are of calibration text and `probe` of random tokens, both from :func:`gather`; `seed` is
-    for random choices.
+    `statistics` are those of :func:`gather`, of the text that the criterion reads; `seed` is for random
+    choices.
     """
     return {
         layer.layer: Layer(
@@ -94,7 +93,6 @@ def layers_of(
             minimum=layer.minimum,
             groups=layer.groups,
             calibration=statistics[layer.layer] if statistics else None,
-            probe=probe[layer.layer] if probe else None,
             seed=seed,
         )
         for layer in moe_layers(model)
@@ -103,15 +101,7 @@ def layers_of(
 
 @torch.no_grad()
 def write_block(layer: MoELayer, block: Mapping[str, np.ndarray]) -> None:
-    """Replace the weights of a layer's experts, in place.
-
-    Parameters
-    ----------
-    layer : MoELayer
-        Layer of the model that changes.
-    block : mapping of str to ndarray
-        ``gate`` (E, m, d), ``up`` (E, m, d), ``down`` (E, d, m).
-    """
+    """Replace the weights of a layer's experts by those of a :class:`moeits.criteria.base.Change`."""
     for name, part in expert_block(layer).items():
         part.copy_(torch.from_numpy(np.ascontiguousarray(block[name])))
 
@@ -126,9 +116,9 @@ def fit_routing(
 ) -> Routing | None:
     """Find the rule that gives a router's weights from its logits.
 
-    `logits` and `gates` (n, E) are the whole router's; `biases` (E,) what may be added to the scores for the
-    choice; a token uses experts of `top_groups` of the `groups`. None, if the rule that fits best misses a
-    weight of more than one token in fifty by over a percent of the mean weight.
+    `logits` and `gates` (n, E) are the unpruned router's; `biases` (E,) what may be added to the scores for
+    the choice; a token uses experts of `top_groups` of the `groups`. None if the rule that fits best misses
+    a weight of more than one token in fifty by over a percent of the mean weight.
     """
     found = None
     # A group's score is that of its best expert, or the sum of its two best.

@@ -438,20 +438,18 @@ class Comparison:
         criterion = criteria.criterion(name)
         text = _text(method)
         statistics = self.statistics(text) if text else None
-        place = "probe" if text == "random" else "calibration"
         layers = {
             number: replace(
                 layer,
                 seed=int(draw or 0) + self.profile.seed,
                 memory=criteria.base.Memory(self._computed[text, number]),
-                **{place: statistics and statistics[number]},
+                calibration=statistics and statistics[number],
             )
             for number, layer in self._layers.items()
         }
         _reset_peak()
         start = time.perf_counter()
-        budgets = {"counts": self.counts} if budget == OWN else {"share": budget}
-        counts = criteria.counts_for(name, layers, **budgets)
+        counts = self.counts if budget == OWN else criterion.counts(layers, share=budget)
         blocks = {}
         if criterion.change is None:
             kept = {number: criterion.keep(layer, counts[number]) for number, layer in layers.items()}
@@ -648,7 +646,7 @@ def steps(
                 if budget != FINAL and method in more:
                     continue
                 # With the numbers of experts given, what differs by their spread alone is one method.
-                functions = criteria.criterion(method.split()[0]).functions[:3]
+                functions = criteria.criterion(method.split()[0]).functions[:-1]
                 first = same.setdefault(digest([functions, method.split()[1:]]), method)
                 if budget == OWN and first != method:
                     continue
@@ -750,12 +748,7 @@ def removes(cell: Record) -> bool:
 
 def _text(method: str) -> str | None:
     """Text that a method reads: calibration, random tokens, or none."""
-    if method == WHOLE:
-        return None
-    criterion = criteria.criterion(method.split()[0])
-    if criterion.needs_calibration:
-        return "calibration"
-    return "random" if criterion.needs_probe else None
+    return None if method == WHOLE else criteria.criterion(method.split()[0]).text
 
 
 def _draws(profile: Profile, more: int = 0) -> list[str]:

@@ -121,7 +121,7 @@ def describe() -> pd.DataFrame:
                 key: text.replace("{title}", title) for key, text in variants[ending].items()
             }
         kind = "changes weights" if entry.change else "keeps experts"
-        lines.append(_told(name, entry.title, entry.needs_calibration, kind, told))
+        lines.append(_told(name, entry.title, entry.text == "calibration", kind, told))
     quoted = [name for name in texts if name not in criteria.CRITERIA]
     lines += [_told(name, texts[name]["title"], True, "quoted only", texts[name]) for name in quoted]
     return pd.DataFrame(lines)

@@ -240,13 +240,13 @@ def chooser(
 
     torch.set_num_threads(1)
     blocks = calibration[: tokens // 256 * 256].astype(np.int64).reshape(-1, 256)
-    layers = layers_of(
-        model, gather(model, blocks), probe=gather(model, random_tokens(model, tokens, seed=seed))
-    )
+    texts = {"calibration": blocks, "random": random_tokens(model, tokens, seed=seed)}
+    layers = {text: layers_of(model, gather(model, read)) for text, read in texts.items()}
 
     def choose(method: str, counts: Sequence[int]) -> Subset:
-        kept = criteria.select(method, layers, counts=dict(zip(layers, counts, strict=True)))
-        return [list(one) for one in kept.values()]
+        entry = criteria.criterion(method)
+        read = layers[entry.text or "calibration"].values()
+        return [list(entry.keep(layer, count)) for layer, count in zip(read, counts, strict=True)]
 
     return choose
 

@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 
 from moeits import criteria
 from moeits.criteria import clusters, compression, recombination, reconstruction
-from moeits.criteria.base import Layer, Memory, Routing, Statistics, best, largest, proportional, uniform
+from moeits.criteria.base import Layer, Memory, Routing, Statistics, best, uniform
+from moeits.criteria.reconstruction import proportional
 from moeits.nmi import nmi_matrix
 from moeits.selection import select_experts, select_share
 from moeits.study import gathered
@@ -100,13 +101,25 @@ def test_a_uniform_share_is_rounded_half_up_and_not_below_the_minimum(share, cou
     assert uniform({3: layer}, share) == {3: count}
 
 
-def test_the_largest_scores_of_all_layers_compete():
-    scores = {1: np.array([9.0, 8.0, 7.0]), 2: np.array([1.0, 2.0, 7.5])}
-    assert largest(scores, 3) == {1: 2, 2: 1}
-    assert largest(scores, 4) == {1: 3, 2: 1}
-    assert largest(scores, 4, {1: 1, 2: 2}) == {1: 2, 2: 2}
-    with pytest.raises(ValueError, match="cannot keep 1 experts: at least 2"):
-        largest(scores, 1)
+@pytest.mark.parametrize(
+    ("share", "minima", "counts"),
+    [
+        (3 / 6, (1, 1), {1: 2, 2: 1}),
+        (4 / 6, (1, 1), {1: 3, 2: 1}),
+        (4 / 6, (1, 2), {1: 2, 2: 2}),
+        (1 / 6, (1, 1), {1: 1, 2: 1}),
+        (1, (1, 1), {1: 3, 2: 3}),
+    ],
+)
+def test_the_largest_scores_of_all_layers_compete(share, minima, counts):
+    scores = {1: [9.0, 8.0, 7.0], 2: [1.0, 2.0, 7.5]}
+    layers = {
+        number: dataclasses.replace(
+            make_layer(3, number=number, counts=np.array(scores[number])), minimum=least
+        )
+        for number, least in zip(scores, minima, strict=True)
+    }
+    assert criteria.criterion("frequency-global").counts(layers, share=share) == counts
 
 
 @given(
@@ -185,11 +198,11 @@ def test_router_scores_by_hand():
 
 def test_the_norm_on_random_tokens_reads_no_text():
     layer = make_layer(3, norms=np.array([30.0, 40.0, 0.0]))
-    probe = dataclasses.replace(layer.statistics, norms=np.array([0.0, 1.0, 2.0]))
-    layer = dataclasses.replace(layer, probe=probe)
-    assert criteria.select("random-token-norm", {0: layer}, n_keep=2) == {0: (1, 2)}
-    with pytest.raises(ValueError, match="layer 0: this criterion needs statistics of random tokens"):
-        criteria.select("random-token-norm", {0: make_layer()}, n_keep=2)
+    entry = criteria.criterion("random-token-norm")
+    assert entry.text == "random"
+    assert entry.select({0: layer}, n_keep=2) == {0: (0, 1)}
+    with pytest.raises(ValueError, match="layer 0: this criterion needs statistics of text"):
+        entry.select({0: dataclasses.replace(layer, calibration=None)}, n_keep=2)
 
 
 def test_the_weight_product_sums_over_neurons():
@@ -206,8 +219,8 @@ def test_all_layers_compete_for_a_global_budget():
         1: make_layer(3, number=1, counts=np.array([30.0, 20.0, 10.0])),
         2: make_layer(3, number=2, counts=np.array([25.0, 2.0, 1.0])),
     }
-    assert criteria.select("frequency-global", layers, share=2 / 3) == {1: (0, 1, 2), 2: (0,)}
-    assert criteria.select("frequency", layers, share=2 / 3) == {1: (0, 1), 2: (0, 1)}
+    assert criteria.criterion("frequency-global").select(layers, share=2 / 3) == {1: (0, 1, 2), 2: (0,)}
+    assert criteria.criterion("frequency").select(layers, share=2 / 3) == {1: (0, 1), 2: (0, 1)}
 
 
 # Controls
@@ -215,15 +228,15 @@ def test_all_layers_compete_for_a_global_budget():
 
 def test_random_experts_depend_on_seed_and_layer_alone():
     layer = make_layer(20)
-    kept = criteria.select("random", {0: layer}, n_keep=9)[0]
+    kept = criteria.criterion("random").select({0: layer}, n_keep=9)[0]
     assert len(set(kept)) == 9
-    assert criteria.select("random", {0: make_layer(20, seed=1)}, n_keep=9)[0] == kept
-    assert criteria.select("random", {0: dataclasses.replace(layer, seed=1)}, n_keep=9)[0] != kept
-    assert criteria.select("random", {1: dataclasses.replace(layer, number=1)}, n_keep=9)[1] != kept
+    assert criteria.criterion("random").select({0: make_layer(20, seed=1)}, n_keep=9)[0] == kept
+    assert criteria.criterion("random").select({0: dataclasses.replace(layer, seed=1)}, n_keep=9)[0] != kept
+    assert criteria.criterion("random").select({1: dataclasses.replace(layer, number=1)}, n_keep=9)[1] != kept
 
 
 def test_first_keeps_the_first():
-    assert criteria.select("first", {0: make_layer()}, n_keep=3) == {0: (0, 1, 2)}
+    assert criteria.criterion("first").select({0: make_layer()}, n_keep=3) == {0: (0, 1, 2)}
 
 
 # The layer's output
@@ -248,26 +261,26 @@ def test_an_expert_that_does_what_the_others_do_is_not_missed():
     outputs = np.random.default_rng(4).standard_normal((TOKENS, 1, WIDTH)) * np.array([1, 1, 1, 0])[:, None]
     outputs[:, 3] = np.random.default_rng(5).standard_normal((TOKENS, WIDTH)) * 10
     layer = make_layer(outputs=outputs)
-    assert 3 in criteria.select("lu", {0: layer}, n_keep=2)[0]
+    assert 3 in criteria.criterion("lu").select({0: layer}, n_keep=2)[0]
 
 
 def test_lu_has_the_least_error_of_all_subsets():
     layer = make_layer(6, seed=7)
-    kept = criteria.select("lu", {0: layer}, n_keep=3)[0]
+    kept = criteria.criterion("lu").select({0: layer}, n_keep=3)[0]
     errors = {ids: reconstruction.subset_error(layer, ids) for ids in combinations(range(6), 3)}
     assert errors[kept] == min(errors.values())
 
 
 def test_the_oracle_has_the_least_loss_of_all_subsets():
     layer = dataclasses.replace(make_layer(6), loss=lambda kept: abs(sum(kept) - 10))
-    assert criteria.select("oracle", {0: layer}, n_keep=3)[0] == (1, 4, 5)
+    assert criteria.criterion("oracle").select({0: layer}, n_keep=3)[0] == (1, 4, 5)
     with pytest.raises(ValueError, match="layer 0: the oracle needs the loss of the model"):
-        criteria.select("oracle", {0: make_layer()}, n_keep=2)
+        criteria.criterion("oracle").select({0: make_layer()}, n_keep=2)
 
 
 def test_the_oracle_refuses_layers_with_too_many_subsets():
     with pytest.raises(ValueError, match="2,704,156 subsets of 12 of 24 experts are too many"):
-        criteria.select("oracle", {0: dataclasses.replace(make_layer(24), loss=len)}, n_keep=12)
+        criteria.criterion("oracle").select({0: dataclasses.replace(make_layer(24), loss=len)}, n_keep=12)
 
 
 def test_greedy_removal_is_the_best_single_step_each_time(monkeypatch):
@@ -279,22 +292,22 @@ def test_greedy_removal_is_the_best_single_step_each_time(monkeypatch):
         assert error == errors[removed] == min(errors.values())
         left -= {removed}
     monkeypatch.setattr(reconstruction, "SUBSETS", 0)
-    assert criteria.select("lu", {0: layer}, n_keep=1)[0] == tuple(left)
+    assert criteria.criterion("lu").select({0: layer}, n_keep=1)[0] == tuple(left)
 
 
 def test_moe_i2_gives_more_experts_to_the_layer_that_suffers_more():
     same = np.repeat(np.random.default_rng(0).standard_normal((TOKENS, 1, WIDTH)), 6, axis=1)
     layers = {0: make_layer(6, outputs=same + 1e-3), 1: make_layer(6, number=1)}
-    kept = criteria.select("moe-i2", layers, share=0.5)
+    kept = criteria.criterion("moe-i2").select(layers, share=0.5)
     assert len(kept[0]) == 1
     assert len(kept[1]) == 5
 
 
 def test_an_unknown_router_is_said_where_it_matters():
     layer = make_layer(routing=None)
-    assert criteria.select("reap", {0: layer}, n_keep=2)
+    assert criteria.criterion("reap").select({0: layer}, n_keep=2)
     with pytest.raises(ValueError, match="layer 0: the router of this 'qwen2_moe' model is not"):
-        criteria.select("lu", {0: layer}, n_keep=2)
+        criteria.criterion("lu").select({0: layer}, n_keep=2)
 
 
 # Groups
@@ -304,7 +317,7 @@ def test_stun_keeps_one_of_each_group():
     router = np.array([[1.0, 0], [0, 1], [1, 0.01], [0.01, 1]])
     together = np.eye(4) * 9 + np.array([[0, 1, 5, 1], [1, 0, 1, 5], [5, 1, 0, 1], [1, 5, 1, 0]])
     layer = dataclasses.replace(make_layer(coactivation=together), router=router)
-    kept = criteria.select("stun", {0: layer}, n_keep=2)[0]
+    kept = criteria.criterion("stun").select({0: layer}, n_keep=2)[0]
     assert len({0, 2} & set(kept)) == 1
     assert len({1, 3} & set(kept)) == 1
 
@@ -313,7 +326,7 @@ def test_stun_keeps_the_expert_nearest_to_the_mean_of_its_group():
     base = make_layer(3).weights
     weights = {name: np.stack([part[0] + shift for shift in (0, 1, 5)]) for name, part in base.items()}
     layer = make_layer(3, given=weights, coactivation=np.ones((3, 3)))
-    assert criteria.select("stun", {0: layer}, n_keep=1)[0] == (1,)
+    assert criteria.criterion("stun").select({0: layer}, n_keep=1)[0] == (1,)
 
 
 def test_experts_with_near_outputs_are_merged_by_use():
@@ -401,7 +414,7 @@ def test_moe_pruner_counts_the_mask_in_its_budget():
 def test_stun_removes_experts_first_and_then_weights():
     layer = make_layer(6)
     change = criteria.CRITERIA["stun-sparse"].apply(layer, 3)
-    assert change.kept == criteria.select("stun", {0: layer}, n_keep=5)[0]  # 1.5 of 3 go as experts
+    assert change.kept == criteria.criterion("stun").select({0: layer}, n_keep=5)[0]  # 1.5 of 3 go as experts
     share = 3 / 5 - 1 / 16
     left = {
         "gate": int(WIDTH * share + 0.5),
@@ -494,20 +507,22 @@ def moeits_layers():
 def test_moeits_is_algorithm_3_on_each_matrix(name, options, diagonal):
     layers = moeits_layers()
     matrices = {number: nmi_matrix(layer.block, **options) for number, layer in layers.items()}
-    by_number = criteria.select(name, layers, n_keep=3)
+    by_number = criteria.criterion(name).select(layers, n_keep=3)
     assert by_number == {number: select_experts(R, n_keep=3).kept for number, R in matrices.items()}
-    by_share = criteria.select(name, layers, share=0.75)
+    by_share = criteria.criterion(name).select(layers, share=0.75)
     _, expected = select_share(matrices, 0.75, diagonal=diagonal)
     assert by_share == {number: chosen.kept for number, chosen in expected.items()}
 
 
 def test_a_family_without_official_weights_takes_the_plain_mean():
     layers = {n: dataclasses.replace(layer, family="glm4_moe") for n, layer in moeits_layers().items()}
-    assert criteria.select("moeits-official", layers, n_keep=3) == criteria.select("moeits", layers, n_keep=3)
+    assert criteria.criterion("moeits-official").select(layers, n_keep=3) == criteria.criterion(
+        "moeits"
+    ).select(layers, n_keep=3)
 
 
 def test_the_uniform_form_keeps_the_same_share_of_every_layer():
-    kept = criteria.select("moeits-uniform", moeits_layers(), share=0.5)
+    kept = criteria.criterion("moeits-uniform").select(moeits_layers(), share=0.5)
     assert [len(ids) for ids in kept.values()] == [3, 3]
 
 
@@ -518,7 +533,7 @@ def test_the_uniform_form_keeps_the_same_share_of_every_layer():
 def test_every_criterion_keeps_to_the_interface(name):
     entry = criteria.CRITERIA[name]
     layer = make_layer(6)
-    layer = dataclasses.replace(layer, probe=layer.calibration, loss=len)
+    layer = dataclasses.replace(layer, loss=len)
     if entry.change is None:
         assert entry.keep(layer, 6) == tuple(range(6))
         kept = entry.keep(layer, 3)
@@ -536,12 +551,11 @@ def test_every_criterion_keeps_to_the_interface(name):
 
 
 @pytest.mark.parametrize("name", criteria.CRITERIA)
-def test_a_criterion_says_whether_it_needs_calibration(name):
+def test_a_criterion_says_whether_it_reads_text(name):
     entry = criteria.CRITERIA[name]
-    layer = make_layer(6)
-    layer = dataclasses.replace(layer, calibration=None, probe=layer.calibration)
-    if entry.needs_calibration:
-        with pytest.raises(ValueError, match=r"needs (statistics of calibration text|the loss of the model)"):
+    layer = dataclasses.replace(make_layer(6), calibration=None)
+    if entry.text:
+        with pytest.raises(ValueError, match=r"needs (statistics of text|the loss of the model)"):
             (entry.apply if entry.change else entry.keep)(layer, 3)
     else:
         assert (entry.apply if entry.change else entry.keep)(layer, 3)
@@ -565,34 +579,27 @@ def test_every_name_hashes_to_its_own_computation():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "exactly one of n_keep, share and counts"),
+        ({}, "exactly one of n_keep and share"),
         ({"n_keep": 1, "share": 0.5}, "exactly one"),
         ({"n_keep": 0}, "layer 0: cannot keep 0 of 4 experts"),
         ({"n_keep": 5}, "layer 0: cannot keep 5 of 4 experts"),
         ({"share": 0}, "share is 0"),
-        ({"counts": {1: 2}}, r"counts are given for layers \[1\], the model has \[0\]"),
     ],
 )
 def test_wrong_budgets_are_named(budget, message):
     with pytest.raises(ValueError, match=message):
-        criteria.select("first", {0: make_layer()}, **budget)
-
-
-def test_given_counts_are_kept():
-    layers = {0: make_layer(), 1: make_layer(number=1)}
-    kept = criteria.select("frequency", layers, counts={0: 1, 1: 3})
-    assert {number: len(ids) for number, ids in kept.items()} == {0: 1, 1: 3}
+        criteria.criterion("first").select({0: make_layer()}, **budget)
 
 
 def test_unknown_criteria_list_the_known_ones():
     with pytest.raises(ValueError, match="no criterion 'raep': there are random, first"):
-        criteria.select("raep", {0: make_layer()}, n_keep=2)
+        criteria.criterion("raep")
 
 
 def test_scores_that_are_not_finite_are_an_error():
     layer = make_layer(counts=np.array([1.0, np.nan, 1.0, 1.0]))
     with pytest.raises(ValueError, match="layer 0: Frequency gives scores that are not finite"):
-        criteria.select("frequency", {0: layer}, n_keep=2)
+        criteria.criterion("frequency").select({0: layer}, n_keep=2)
 
 
 def test_criteria_load_no_deep_learning_framework():

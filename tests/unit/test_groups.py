@@ -12,7 +12,7 @@ from tiny import EXPERTS, assert_logits, logits, tiny_model, tiny_tokenizer, tok
 from moeits import criteria, simplify
 from moeits.cli import main
 from moeits.criteria import CRITERIA
-from moeits.criteria.statistics import gather, layers_of, random_tokens
+from moeits.criteria.statistics import gather, layers_of
 from moeits.kept import Kept
 from moeits.models import checkpoint
 from moeits.models.families import FAMILIES, moe_layers
@@ -126,18 +126,17 @@ def test_pruned_by_any_budget_equals_the_masked_model(family, budget):
 def test_every_criterion_keeps_groups_equal(family):
     model = grouped(family)
     text = tokens(batch=4, length=40).numpy()
-    probe = gather(model, random_tokens(model, 64))
-    layers = layers_of(model, gather(model, text), probe=probe)
+    layers = layers_of(model, gather(model, text))
     for name, entry in CRITERIA.items():
         if entry.needs_loss or (entry.score is None and entry.choose is None):
             continue
         for budget in ({"n_keep": 8}, {"share": 0.6}):
-            chosen = criteria.select(name, layers, **budget)
+            chosen = criteria.criterion(name).select(layers, **budget)
             assert all(len(set(per_group(ids, 16, 4))) == 1 for ids in chosen.values()), name
             assert all(list(ids) == sorted(set(ids)) for ids in chosen.values()), name
             prune_model(copy.deepcopy(model), chosen)
     with pytest.raises(ValueError, match=r"cannot keep 6 experts: the router selects among 4 groups"):
-        criteria.select("reap", layers, n_keep=6)
+        criteria.criterion("reap").select(layers, n_keep=6)
 
 
 def run(*arguments):

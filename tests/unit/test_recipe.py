@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from tiny import tiny_model
 
 from moeits.cli import main
-from moeits.criteria.folder import select_again, select_from_folder
+from moeits.criteria.folder import select_again, select_by
 from moeits.kept import Kept
 
 
@@ -26,10 +26,10 @@ def run(*arguments):
 @pytest.mark.parametrize("budget", [{"n_keep": 3}, {"share": 0.4}, {"share": 0.7, "uniform": True}])
 @pytest.mark.parametrize("criterion", ["weight-product", "weight-product-global"])
 def test_another_budget_keeps_what_measuring_again_would(criterion, budget, folder, tmp_path):
-    select_from_folder(folder, criterion, n_keep=6).write(tmp_path / "recipe.json")
+    select_by(criterion, folder, n_keep=6).write(tmp_path / "recipe.json")
     recipe = Kept.read(tmp_path / "recipe.json")
     again = select_again(recipe, **budget)
-    measured = select_from_folder(folder, criterion, **budget)
+    measured = select_by(criterion, folder, **budget)
     assert again.layers == measured.layers
     assert again.scores == measured.scores
     if budget.get("uniform"):
@@ -54,7 +54,7 @@ def test_prune_takes_a_recipe_and_a_budget(folder, tmp_path, monkeypatch):
 
 
 def test_a_choice_without_scores_says_how_to_get_some(folder, tmp_path):
-    kept = replace(select_from_folder(folder, "random", n_keep=2))
+    kept = replace(select_by("random", folder, n_keep=2))
     assert kept.scores == {}
     kept.write(tmp_path / "kept.json")
     done = run("prune", folder, "--kept", tmp_path / "kept.json", "--share", "0.4", "-o", tmp_path / "no")
