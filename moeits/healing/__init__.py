@@ -1,1 +1,1 @@
-"""Restore a pruned model: adapters by LoRA, down projections by least squares."""
+"""Heal a pruned model: adapters by LoRA, down projections by least squares."""

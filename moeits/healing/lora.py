@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ class Adapted(nn.Module):
         self.run_by(model)
 
     def run_by(self, module: nn.Module) -> None:
-        """Let the model be run by what wraps it, which is no part of this one."""
+        """Run the model through a wrapper, without making that a part of this module."""
         object.__setattr__(self, "runs", module)
 
     def forward(self, **inputs: Any) -> Any:
@@ -128,11 +128,10 @@ class Adapted(nn.Module):
 
 @contextmanager
 def spread_experts(adapted: Adapted, device: torch.device) -> Iterator[None]:
-    """Spread the experts' frozen weights over the processes of a launch; all else is on each of them.
+    """Spread the experts' frozen weights over the processes of a launch; each process has all other weights.
 
-    Each process gathers the experts of a layer on its `device` while it computes them (FSDP of torch).
-    Gradients of the adapters are averaged over the processes. The model is on the CPU before and after, each
-    process with all its weights.
+    A process gathers the experts of a layer on its `device` while it computes them (FSDP of torch). The
+    adapters' gradients are averaged over the processes. The model is on the CPU before and after.
     """
     from torch.distributed import get_world_size, init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -151,7 +150,7 @@ def spread_experts(adapted: Adapted, device: torch.device) -> Iterator[None]:
     _move(model, device)
     # The library's own way of leaving parameters out.
     model._ddp_params_and_buffers_to_ignore = frozen
-    # No token may go to an expert.
+    # An expert may get no token.
     adapted.run_by(DistributedDataParallel(model, find_unused_parameters=True))
     adapted._is_accelerate_prepared = True  # the trainer would wrap it again
     try:
@@ -178,10 +177,10 @@ def adapters(model: "PreTrainedModel", recipe: Recipe) -> Iterator[Adapted]:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Whole or pruned; changed in place. After an error it is as it was.
+        Unpruned or pruned; changed in place. After an error it is as it was.
     recipe : Recipe
-        Preset, rank, alpha, dropout and seed are used. Routers have no dropout, which peft cannot give to
-        what is no linear module.
+        Preset, rank, alpha, dropout and seed are used. Routers get no dropout: peft gives it to linear
+        modules alone.
 
     Yields
     ------
@@ -191,7 +190,7 @@ def adapters(model: "PreTrainedModel", recipe: Recipe) -> Iterator[Adapted]:
     Raises
     ------
     MoeitsError
-        If the experts cannot be adapted, or not everything is adapted that the preset names.
+        If something that the preset names cannot be adapted.
     """
     from peft import LoraConfig, LoraModel
 
@@ -318,12 +317,12 @@ class Healed:
         Training loss (nats per token) of every step.
     tokens : int
         Tokens that were trained on, repetitions counted.
-    resumed_from : int
-        Step from which this run went on; 0 for one that was not broken off.
-    processes : int
-        That shared every step.
-    expert_bytes : int
-        Bytes of the experts' frozen weights that each of them held.
+    resumed_from : int, default=0
+        Step from which this run resumed.
+    processes : int, default=1
+        Processes that shared every step.
+    expert_bytes : int, default=0
+        Bytes of the experts' frozen weights in each process.
     """
 
     parts: dict[str, int]
@@ -338,7 +337,7 @@ class HealingError(MoeitsError):
     """Training cannot go on; what was reached is kept."""
 
 
-def heal_model(
+def train_model(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     recipe: Recipe,
@@ -356,31 +355,26 @@ def heal_model(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Whole or pruned, on the device and in the dtype to be used; changed in place.
+        Unpruned or pruned, on the device and in the dtype to be used; changed in place.
     tokenizer : PreTrainedTokenizerBase
         Its tokenizer.
     recipe : Recipe
         The settings.
     work : Path
-        Folder of the checkpoints, for this model and recipe alone. A run that finds it goes on from the last
-        whole checkpoint and ends with the same weights as one that was not broken off.
+        Folder of the checkpoints, for this model and recipe alone. A run that finds it resumes from the last
+        complete checkpoint, and ends with the same weights as one that was not interrupted.
     data : sequence of Tensor of int64, optional
         Token sequences; :func:`examples` by default.
-    progress : bool
+    progress : bool, default=False
         Show a progress bar with the time left.
-    shard : bool
+    shard : bool, default=False
         Spread the experts over the processes, see :func:`spread_experts`; the model is on the CPU.
-
-    Returns
-    -------
-    Healed
 
     Raises
     ------
     MoeitsError
-        If there is no text, the sequences are longer than the model takes, `work` belongs to another run or
-        number of processes, the accumulation cannot be shared by the processes, they were launched with
-        FSDP, or `shard` was asked of one process.
+        If there is no text, the sequences are longer than the model takes, `work` belongs to another run, or
+        the processes cannot share the work.
     HealingError
         If the loss is not finite; the last good checkpoint stays in `work`.
     """
@@ -389,7 +383,8 @@ def heal_model(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None and len({len(row) for row in rows}) > 1:
         raise MoeitsError("the tokenizer has neither a pad nor an eos token: set tokenizer.pad_token")
-    made_of = digest({"recipe": recipe.model_dump(), "model": _identity(model), "data": _data_digest(rows)})
+    data_digest = digest([row.tolist() for row in rows])
+    made_of = digest({"recipe": recipe.model_dump(), "model": _identity(model), "data": data_digest})
     together = _together()
     processes = together.num_processes if together else 1
     if shard and together is None:
@@ -439,33 +434,31 @@ def _expert_bytes(adapted: Adapted) -> int:
     return sum(weight.numel() * weight.element_size() for weight in found)
 
 
-def restore(
+def heal_model(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    recipe: Recipe | None,
     work: Path,
     *,
     original: Callable[[], "PreTrainedModel"] | None = None,
     refit_text: str | Path = "calibration",
     refit_tokens: int = 16_384,
     refit_length: int = 512,
-    recipe: Recipe | None = None,
     progress: bool = False,
     shard: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Heal a model: refit it, train it, or one after the other.
+    """Heal a model in memory: refit it, train it, or one after the other.
 
     Parameters
     ----------
-    model, tokenizer, work, progress, shard
-        As :func:`heal_model`; `work` is used by the training alone.
+    model, tokenizer, recipe, work, progress, shard
+        As :func:`train_model`; without a recipe nothing is trained.
     original : callable, optional
-        Loads the whole model, to whose layers the down projections are refitted first.
+        Loads the unpruned model, to whose layers the down projections are refitted first.
     refit_text : str or Path, default="calibration"
         Text for that, see :func:`moeits.corpus.blocks`.
     refit_tokens, refit_length : int, default=16384, 512
         Tokens of it to use, and tokens in one block.
-    recipe : Recipe, optional
-        Settings of the training that follows.
 
     Returns
     -------
@@ -476,7 +469,7 @@ def restore(
     Raises
     ------
     MoeitsError, HealingError
-        As :func:`heal_model` and :func:`moeits.healing.refit.refit_model`.
+        As :func:`train_model` and :func:`moeits.healing.refit.refit_model`.
     """
     from moeits.healing.refit import refit_model
 
@@ -489,7 +482,7 @@ def restore(
         report["refit"] = {"tokens": blocks.size, "seconds": seconds, "layers": layers}
     if recipe is not None:
         start = time.perf_counter()
-        healed = heal_model(model, tokenizer, recipe, work, progress=progress, shard=shard)
+        healed = train_model(model, tokenizer, recipe, work, progress=progress, shard=shard)
         report["lora"] = {"recipe": recipe.model_dump(), "seconds": time.perf_counter() - start}
         report["lora"] |= vars(healed)
     return report
@@ -498,23 +491,10 @@ def restore(
 def estimate(
     source: Path | str, recipe: Recipe, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, float]:
-    """Estimate what a training takes, from the model's configuration and the device's speed.
+    """Estimate how many tokens a training reads at most, and how many seconds that takes on a device.
 
-    Parameters
-    ----------
-    source : path
-        Folder of a model, or a model of the hub.
-    recipe : Recipe
-        Settings of the training.
-    device, dtype
-        Where and in which type it trains.
-
-    Returns
-    -------
-    tokens : int
-        Tokens that it reads, at most.
-    seconds : float
-        How long that takes, at a third of the device's peak.
+    The source is a model's folder, or a model of the hub, of which the configuration is read. The time is
+    that at a third of the device's peak.
     """
     from moeits.machine.devices import REACHED, flops
     from moeits.models.families import sizes
@@ -551,14 +531,12 @@ def heal(
     recipe : Recipe, optional
         Settings of the LoRA training; None for no training.
     refit_to : path, optional
-        Folder of the whole model, to whose layers the down projections are refitted first.
-    refit_text : str or Path, default="calibration"
-        Text for that, see :func:`moeits.corpus.blocks`.
-    refit_tokens : int, default=16384
-        Tokens of it to use.
-    progress : bool
+        Folder of the unpruned model, to whose layers the down projections are refitted first.
+    refit_text, refit_tokens
+        As in :func:`heal_model`.
+    progress : bool, default=False
         Show a progress bar.
-    shard : bool
+    shard : bool, default=False
         Spread the experts over the processes while they train; the models are then loaded to the CPU, and a
         refit runs there.
     **options
@@ -574,35 +552,28 @@ def heal(
     ExistsError, PlaceError
         If the target exists or cannot be written.
     MoeitsError, HealingError
-        As :func:`restore`; also if there is nothing to do.
+        As :func:`heal_model`; also if there is nothing to do.
     """
-    from moeits.models.folder import (
-        carry_files,
-        check_target,
-        load_model,
-        load_tokenizer,
-        save_model,
-        store_as,
-    )
+    from moeits.models import folder
     from moeits.models.hub import find
 
-    target = check_target(target)
+    target = folder.check_target(target)
     if recipe is None and refit_to is None:
-        raise MoeitsError("nothing to do: give a recipe, the whole model to refit to, or both")
+        raise MoeitsError("nothing to do: give a recipe, the unpruned model to refit to, or both")
     if shard:
         options["device_map"] = {"": "cpu"}
     source = find(source)
-    model = load_model(source, **options)
-    tokenizer = load_tokenizer(source)
+    model, tokenizer = folder.load_model(source, **options), folder.load_tokenizer(source)
+    original = None if refit_to is None else lambda: folder.load_model(refit_to, **options)
     work = target.with_name(f"{target.name}.healing")
-    report = restore(
+    report = heal_model(
         model,
         tokenizer,
+        recipe,
         work,
-        original=None if refit_to is None else lambda: load_model(refit_to, **options),
+        original=original,
         refit_text=refit_text,
         refit_tokens=refit_tokens,
-        recipe=recipe,
         progress=progress,
         shard=shard,
     )
@@ -611,13 +582,13 @@ def heal(
         together.wait_for_everyone()
         if not together.is_main_process:
             return report
-    store_as(model, source)
+    folder.store_as(model, source)
     with whole(target) as part:
         if getattr(model, "kept", None) is None:
             model.save_pretrained(part)
-            carry_files(Path(source), part)
+            folder.carry_files(Path(source), part)
         else:
-            save_model(model, part)
+            folder.save_model(model, part)
         (part / "healing.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return report
@@ -639,7 +610,7 @@ def _together() -> "PartialState | None":
 
 
 def _put_back(adapted: Adapted, trainer: "Trainer", training: bool) -> None:
-    """Undo what the trainer did to the model, which it leaves after an error."""
+    """Undo what the trainer did to the model, which it leaves undone after an error."""
     from transformers.integrations.neftune import deactivate_neftune
 
     embeddings = adapted.get_input_embeddings()
@@ -670,12 +641,8 @@ def _identity(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _data_digest(rows: Iterable[Tensor]) -> str:
-    return digest([row.tolist() for row in rows])
-
-
 def _last_checkpoint(work: Path, made_of: str, processes: int) -> Path | None:
-    """Last whole checkpoint of this very run; the folder is made if there is none."""
+    """Last complete checkpoint of this very run; the folder is made if there is none."""
     stamp, number = work / "made_of", work / "processes"
     if not work.exists():
         work.mkdir(parents=True)
@@ -689,8 +656,8 @@ def _last_checkpoint(work: Path, made_of: str, processes: int) -> Path | None:
         )
     if int(number.read_text()) != processes:
         raise MoeitsError(
-            f"{work} was begun by {number.read_text()} processes and now there are {processes}: go on with "
-            "as many, or remove it to begin anew"
+            f"{work} was begun by {number.read_text()} processes and now there are {processes}: resume with "
+            "as many, or remove it to begin again"
         )
     done = {}
     for folder in work.glob("checkpoint-*"):
@@ -706,6 +673,11 @@ def _trainer(
     adapted: Adapted, rows: Sequence[Tensor], pad: int, recipe: Recipe, work: Path, progress: bool
 ) -> "Trainer":
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class Bar(ProgressCallback):
+        def on_log(self, *_: Any, **__: Any) -> None:
+            """Print no losses: they are in the report."""
 
     parameter = next(adapted.model.parameters())
     arguments = TrainingArguments(
@@ -727,10 +699,10 @@ def _trainer(
         logging_nan_inf_filter=False,
         seed=recipe.seed,
         report_to=[],
-        disable_tqdm=not progress,
+        disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=parameter.device.type == "cuda",
-        ddp_find_unused_parameters=True,  # no token may go to an expert
+        ddp_find_unused_parameters=True,  # an expert may get no token
     )
 
     def collate(batch: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -742,4 +714,8 @@ def _trainer(
         labels[:, 0] = -100  # which nothing predicts, and the trainer would count
         return {"input_ids": stack(pad), "labels": labels, "attention_mask": mask}
 
-    return Trainer(model=adapted, args=arguments, train_dataset=list(rows), data_collator=collate)
+    trainer = Trainer(model=adapted, args=arguments, train_dataset=list(rows), data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    if progress:
+        trainer.add_callback(Bar)
+    return trainer

@@ -9,18 +9,18 @@ from moeits.settings import Strict, problems
 
 
 class Recipe(Strict):
-    """Settings of the healing; the defaults are the paper's (section 5.2 of arXiv 2604.10603) but for `data`.
+    """Settings of the healing; the defaults, but for `data`, are those of section 5.2 of arXiv 2604.10603.
 
     Attributes
     ----------
     preset : {"paper", "official"}
         What is adapted, see :func:`moeits.healing.lora.targets`.
     rank, alpha, dropout : int, float, float
-        Of LoRA (doi:10.48550/arXiv.2106.09685).
+        Settings of LoRA (doi:10.48550/arXiv.2106.09685).
     neftune : float
         Alpha of the noise on the embeddings (doi:10.48550/arXiv.2310.05914); 0 for none.
     learning_rate, warmup, weight_decay : float
-        Of AdamW with a cosine schedule; warmup is a share of the steps.
+        Settings of AdamW with a cosine schedule; warmup is a share of the steps.
     batch_size, accumulation : int
         Sequences in one pass, and passes in one step.
     steps : int
@@ -32,11 +32,11 @@ class Recipe(Strict):
         ``hub:OWNER/NAME``; or the folder of a data set of conversations, such as the paper's own subset of
         OpenHermes-2.5 after its download (doi:10.5281/zenodo.19535551).
     gradient_checkpointing : bool
-        Less memory for more time.
+        Trade time for memory.
     save_every : int
         Steps between two checkpoints.
     seed : int
-        Of the adapters, the order of the text, dropout and noise.
+        Seed of the adapters, the order of the text, dropout and noise.
     """
 
     preset: Literal["paper", "official"] = "paper"

@@ -1,14 +1,11 @@
 """Refit: healing without training. The down projections of the kept experts, by least squares.
 
 Layer by layer, through what is already refitted, the down projections are fitted on calibration text so that
-the routed experts that are left give the output of all of them, as the whole model's layer has it on the
-same input. Where the router's weights of the kept experts grow, as a softmax over fewer experts makes them,
-the fit takes it back.
+the kept experts give the output of all experts, as the unpruned model's layer has it on the same input. Where
+the router's weights of the kept experts grow, as a softmax over fewer experts makes them, the fit undoes it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,15 +24,15 @@ RIDGE = 3e-2
 
 @dataclass(frozen=True)
 class Refitted:
-    """How close a layer's routed output is to the whole layer's.
+    """How close a layer's routed output is to that of the unpruned model.
 
     Attributes
     ----------
     layer : int
         Decoder layer.
     before, after : float
-        Squared error as a share of the whole layer's squared output, on the calibration text, each token
-        weighed by the inverse square of its hidden state's norm.
+        Squared error as a share of the unpruned layer's squared output, on the calibration text, each token
+        weighted by the inverse square of its hidden state's norm.
     """
 
     layer: int
@@ -51,22 +48,19 @@ def refit_model(
     *,
     ridge: float = RIDGE,
     batch_size: int = 4,
-    say: Callable[[Refitted], None] | None = None,
 ) -> list[Refitted]:
     """Refit the down projections of a pruned model's experts, in place.
 
     Parameters
     ----------
     model, original : transformers.PreTrainedModel
-        The pruned model and the whole one.
+        The pruned model and the unpruned one.
     blocks : Tensor of int64, shape (N, T)
         Calibration text.
-    ridge : float
+    ridge : float, default=0.03
         See :data:`RIDGE`.
-    batch_size : int
+    batch_size : int, default=4
         Blocks in one pass.
-    say : callable, optional
-        Is told of every layer when it is done.
 
     Returns
     -------
@@ -78,10 +72,12 @@ def refit_model(
     MoeitsError
         If the models have experts in different layers, or a fit is not finite.
     """
-    whole = {layer.layer: layer for layer in moe_layers(original)}
+    unpruned = {layer.layer: layer for layer in moe_layers(original)}
     layers = {layer.layer: layer for layer in moe_layers(model)}
-    if whole.keys() != layers.keys():
-        raise MoeitsError(f"one model has experts in layers {sorted(whole)}, the other in {sorted(layers)}")
+    if unpruned.keys() != layers.keys():
+        raise MoeitsError(
+            f"one model has experts in layers {sorted(unpruned)}, the other in {sorted(layers)}"
+        )
     report = []
     training = model.training
     model.eval()
@@ -89,10 +85,8 @@ def refit_model(
         stream = _Stream(model, torch.as_tensor(blocks).split(batch_size))
         for number, decoder in enumerate(decoder_layers(model)[1]):
             if number in layers:
-                observe = _Observer(model, layers[number], original, whole[number])
+                observe = _Observer(model, layers[number], original, unpruned[number])
                 report.append(observe.fit(stream.run(number, decoder, keep=False), ridge))
-                if say is not None:
-                    say(report[-1])
             stream.run(number, decoder)
     finally:
         model.train(training)
@@ -104,8 +98,8 @@ def least_squares(mixed: Tensor, wanted: Tensor, start: Tensor, ridge: float = R
 
     `mixed` (tokens, n) are hidden neurons times the weight of their expert, `wanted` (tokens, d) what they
     should give, `start` (n, d) the down projection before. Minimises ``|wanted - mixed @ fitted|**2 + c
-    |fitted - start|**2`` with ``c`` the positive ridge times the mean diagonal of the Gram matrix. Solved
-    with the Gram matrix of the columns or of the rows, whichever is smaller.
+    |fitted - start|**2`` with ``c`` the ridge times the mean diagonal of the Gram matrix, by the Gram matrix
+    of the columns or of the rows, whichever is smaller.
     """
     missing = wanted - mixed @ start.to(mixed.dtype)
     tokens, neurons = mixed.shape
@@ -127,7 +121,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _KnownError(Exception):
-    """The first layer is called as for an earlier batch, and so the others are; holds those calls."""
+    """The layers will be called as for an earlier batch; holds those calls."""
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -172,7 +166,7 @@ class _Stream:
             self.calls.append(calls)
 
     def run(self, number: int, decoder: nn.Module, *, keep: bool = True) -> list[Tensor]:
-        """Pass one decoder layer; its output replaces the states, unless it is only looked at."""
+        """Run one decoder layer; with `keep` its output replaces the states."""
         found = []
         for states, calls in zip(self.states, self.calls, strict=True):
             args, options = calls[number]
@@ -184,24 +178,25 @@ class _Stream:
 
 
 class _Observer:
-    """Collects, as a pruned layer runs, its active neurons and what the whole layer gives for its input."""
+    """Collects a pruned layer's active neurons, and what the unpruned layer gives for its input."""
 
-    def __init__(self, model: nn.Module, layer: MoELayer, original: nn.Module, whole: MoELayer) -> None:
+    def __init__(self, model: nn.Module, layer: MoELayer, original: nn.Module, unpruned: MoELayer) -> None:
         if getattr(layer.experts, "has_post_expert_norm", False):
             raise MoeitsError(f"{layer.name}: its experts end in a norm, after which nothing can be refitted")
         self.layer, self.experts = layer, ExpertList(layer)
         self.mixed: list[Tensor] = []
         self.fixed: list[Tensor] = []  # what the biases of the down projections give
         self.wanted: list[Tensor] = []
-        block, whole_block = model.get_submodule(layer.name), original.get_submodule(whole.name)
+        block, other = model.get_submodule(layer.name), original.get_submodule(unpruned.name)
+
+        def ask(_: nn.Module, args: tuple, options: dict[str, Any]) -> None:
+            other(*args, **options)
+
         self.hooks = [
             layer.experts.register_forward_pre_hook(self._see),
-            block.register_forward_pre_hook(partial(self._ask, whole_block), with_kwargs=True),
-            whole.experts.register_forward_hook(lambda _, __, output: self.wanted.append(output.float())),
+            block.register_forward_pre_hook(ask, with_kwargs=True),
+            unpruned.experts.register_forward_hook(lambda _, __, output: self.wanted.append(output.float())),
         ]
-
-    def _ask(self, whole_block: nn.Module, _: nn.Module, args: tuple, options: dict[str, Any]) -> None:
-        whole_block(*args, **options)
 
     def _see(self, _: nn.Module, args: tuple) -> None:
         states, index, weights = args

@@ -494,7 +494,7 @@ class Comparison:
         return self._finish(method, budget, choice, rows), details | self._who_stays(choice)
 
     def _measure_final(self, method: str, way: str | None) -> tuple[list[dict], dict]:
-        from moeits.healing.lora import restore
+        from moeits.healing.lora import heal_model
 
         profile, healed = self.profile, {}
         budget = 1.0 if method == WHOLE else FINAL
@@ -502,13 +502,13 @@ class Comparison:
         model = self._model(choice)
         if way:
             with tempfile.TemporaryDirectory() as work:
-                healed = restore(
+                healed = heal_model(
                     model,
                     self._tokenizer,
+                    profile.healing if "lora" in way else None,
                     Path(work) / "healing",
                     original=self.study.load if "refit" in way else None,
                     refit_tokens=profile.refit_tokens,
-                    recipe=profile.healing if "lora" in way else None,
                 )
         details = self._heldout(model) if way else self._as_chosen(choice, model)
         rows = _text_rows(details)

@@ -289,7 +289,7 @@ class Study:
         import torch
         from transformers import AutoTokenizer
 
-        from moeits.healing.lora import restore
+        from moeits.healing.lora import heal_model
         from moeits.models.folder import save_model
 
         folder = CACHE / "healed" / f"{self.name}-{self._healing(tau, way, seed).key}"
@@ -297,14 +297,14 @@ class Study:
         work = folder.with_name(f"{folder.name}-{torch.get_num_threads()}.work")
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         model = self._pruned(self._kept(tau))
-        details = restore(
+        details = heal_model(
             model,
             tokenizer,
+            self._recipe(way, seed),
             work,
             original=self.load if "refit" in way else None,
             refit_tokens=self.profile.refit_tokens,
             refit_length=self.profile.context,
-            recipe=self._recipe(way, seed),
             progress=True,
         )
         with whole(folder, once=True) as part:

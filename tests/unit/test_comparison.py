@@ -20,7 +20,7 @@ from moeits.criteria.folder import select_by
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
 from moeits.evaluation.statistics import verdict
-from moeits.healing.lora import heal_model
+from moeits.healing.lora import train_model
 from moeits.healing.refit import refit_model
 from moeits.kept import Kept
 from moeits.machine.paths import BOOK
@@ -405,7 +405,7 @@ def test_a_final_is_healed_by_lora_and_by_both(scored, folder, tmp_path):
         pruned = prune_model(load_model(folder, dtype=torch.float32), kept)
         if "refit" in way:
             refit_model(pruned, whole, calibration)
-        heal_model(pruned, Letters(), scored.profile.healing, tmp_path / way)
+        train_model(pruned, Letters(), scored.profile.healing, tmp_path / way)
         rows = scored.final("first", way).rows
         found = {row["metric"]: row["value"] for row in rows if row["task"] == "heldout"}
         assert found["perplexity"] == pytest.approx(evaluation.perplexity(pruned, HELDOUT)["value"], rel=1e-4)

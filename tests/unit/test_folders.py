@@ -303,11 +303,11 @@ def test_healing_stores_the_types_of_its_source(tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     prune_checkpoint(tmp_path / "source", tmp_path / "pruned", UNEVEN)
 
-    def restore(model, *_, **__):
+    def nothing(model, *_, **__):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         return {}
 
-    monkeypatch.setattr(lora, "restore", restore)
+    monkeypatch.setattr(lora, "heal_model", nothing)
     lora.heal(tmp_path / "pruned", tmp_path / "healed", Recipe(preset="paper"), dtype=torch.float32)
     before, after = (stored_tensors(tmp_path / name) for name in ("pruned", "healed"))
     kinds = {name: (t.shape, t.dtype) for name, t in before.items() if "correction_bias" not in name}

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from moeits.cli import main
 from moeits.healing import lora
-from moeits.healing.lora import HealingError, adapters, examples, heal, heal_model, targets
+from moeits.healing.lora import HealingError, adapters, examples, heal, targets, train_model
 from moeits.healing.recipe import Recipe
 from moeits.models.families import moe_layers
 from moeits.models.folder import load_model, save_model
@@ -142,12 +142,22 @@ def test_training_lowers_the_loss(tmp_path):
     model = pruned()
     repeated = [DATA[0]] * 4
     recipe = RECIPE.model_copy(update={"steps": 30, "dropout": 0.0, "neftune": 0.0})
-    healed = heal_model(model, tiny_tokenizer(), recipe, tmp_path / "work", data=repeated)
+    healed = train_model(model, tiny_tokenizer(), recipe, tmp_path / "work", data=repeated)
     assert len(healed.losses) == 30
     assert healed.losses[-1] < healed.losses[0] - 1
     with torch.no_grad():
         after = model(DATA[0][None], labels=DATA[0][None]).loss
     assert after < healed.losses[0] - 1
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_training_prints_nothing_but_its_bar(tmp_path, capsys, progress):
+    recipe = RECIPE.model_copy(update={"steps": 2})
+    train_model(pruned(), tiny_tokenizer(), recipe, tmp_path / "work", data=DATA, progress=progress)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert ("2/2" in said.err) == progress
+    assert "loss" not in said.err
 
 
 class Killed(Exception):
@@ -166,7 +176,7 @@ class KillAt(TrainerCallback):
 @pytest.mark.parametrize("half", [False, True], ids=["whole checkpoint", "half checkpoint"])
 def test_a_broken_run_ends_with_the_same_weights(tmp_path, monkeypatch, half):
     unbroken, broken = pruned(), pruned()
-    expected = heal_model(unbroken, tiny_tokenizer(), RECIPE, tmp_path / "a", data=DATA)
+    expected = train_model(unbroken, tiny_tokenizer(), RECIPE, tmp_path / "a", data=DATA)
     make = lora._trainer
 
     def dies(*args):
@@ -176,11 +186,11 @@ def test_a_broken_run_ends_with_the_same_weights(tmp_path, monkeypatch, half):
 
     monkeypatch.setattr(lora, "_trainer", dies)
     with pytest.raises(Killed):
-        heal_model(broken, tiny_tokenizer(), RECIPE, tmp_path / "b", data=DATA)
+        train_model(broken, tiny_tokenizer(), RECIPE, tmp_path / "b", data=DATA)
     if half:  # killed while the trainer wrote its last checkpoint
         (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").unlink()
     monkeypatch.setattr(lora, "_trainer", make)
-    healed = heal_model(broken, tiny_tokenizer(), RECIPE, tmp_path / "b", data=DATA)
+    healed = train_model(broken, tiny_tokenizer(), RECIPE, tmp_path / "b", data=DATA)
     assert healed.resumed_from == (2 if half else 4)
     assert healed.losses == expected.losses
     for name, tensor in unbroken.state_dict().items():
@@ -188,7 +198,7 @@ def test_a_broken_run_ends_with_the_same_weights(tmp_path, monkeypatch, half):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+    train_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
     one_weight = pruned()
     with torch.no_grad():
         next(one_weight.parameters())[0, 0] += 1
@@ -199,7 +209,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         (pruned(), RECIPE, DATA[1:]),
     ]:
         with pytest.raises(ValueError, match="another healing"):
-            heal_model(model, tiny_tokenizer(), recipe, tmp_path / "work", data=data)
+            train_model(model, tiny_tokenizer(), recipe, tmp_path / "work", data=data)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
@@ -209,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path)
     with pytest.raises(
         HealingError, match=r"loss is (nan|inf) in step \d+; the last good state is .*checkpoint"
     ):
-        heal_model(model, tiny_tokenizer(), recipe, tmp_path / "work", data=DATA)
+        train_model(model, tiny_tokenizer(), recipe, tmp_path / "work", data=DATA)
     assert torch.equal(logits(model), before)
 
 
@@ -218,7 +228,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     for checkpointing in (False, True):
         recipe = RECIPE.model_copy(update={"gradient_checkpointing": checkpointing, "dropout": 0.0})
         models.append(pruned())
-        heal_model(models[-1], tiny_tokenizer(), recipe, tmp_path / str(checkpointing), data=DATA)
+        train_model(models[-1], tiny_tokenizer(), recipe, tmp_path / str(checkpointing), data=DATA)
     torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-3)
 
 
@@ -226,7 +236,7 @@ def test_padding_is_not_trained_on(tmp_path):
     """A batch of a long and a short sequence has the loss of its real tokens."""
     long, short = DATA[0], DATA[1][:6]
     recipe = RECIPE.model_copy(update={"steps": 1, "dropout": 0.0, "neftune": 0.0})
-    healed = heal_model(pruned(), tiny_tokenizer(), recipe, tmp_path / "w", data=[long, short])
+    healed = train_model(pruned(), tiny_tokenizer(), recipe, tmp_path / "w", data=[long, short])
     model, nats = pruned(), 0.0
     with torch.no_grad():
         for row in (long, short):
@@ -297,11 +307,11 @@ def test_bad_sequences(tmp_path):
     ]
     for data, message in cases:
         with pytest.raises(ValueError, match=message):
-            heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=data)
+            train_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=data)
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a pad nor an eos"):
-        heal_model(pruned(), tokenizer, RECIPE, tmp_path / "work", data=[DATA[0], DATA[1][:5]])
+        train_model(pruned(), tokenizer, RECIPE, tmp_path / "work", data=[DATA[0], DATA[1][:5]])
 
 
 def test_targets_of_the_presets():
@@ -315,7 +325,7 @@ def test_the_same_seed_gives_the_same_adapters(tmp_path):
     for model, seed in [(first, 0), (second, 0), (other, 1)]:
         recipe = RECIPE.model_copy(update={"seed": seed})
         torch.manual_seed(copy.copy(id(model)) % 1000)
-        heal_model(model, tiny_tokenizer(), recipe, tmp_path / str(id(model)), data=DATA)
+        train_model(model, tiny_tokenizer(), recipe, tmp_path / str(id(model)), data=DATA)
     assert torch.equal(logits(first), logits(second))
     assert not torch.equal(logits(first), logits(other))
 
@@ -413,24 +423,24 @@ def test_two_processes_share_a_step(tmp_path):
 
 def test_experts_are_shared_by_several_processes(tmp_path):
     with pytest.raises(ValueError, match="one process has nobody to share the experts with"):
-        heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA, shard=True)
+        train_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA, shard=True)
 
 
 def test_sharded_training_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="healing does not run under accelerate's FSDP"):
-        heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+        train_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
     assert not (tmp_path / "work").exists()
 
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
-    heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+    train_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
     (tmp_path / "work" / "processes").write_text("2")
     with pytest.raises(ValueError, match="begun by 2 processes and now there are 1"):
-        heal_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
+        train_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA)
     three = SimpleNamespace(num_processes=3)
     monkeypatch.setattr(lora, "_together", lambda: three)
     recipe = RECIPE.model_copy(update={"accumulation": 4})
     with pytest.raises(ValueError, match="accumulation is 4, which 3 processes cannot share"):
-        heal_model(pruned(), tiny_tokenizer(), recipe, tmp_path / "other", data=DATA)
+        train_model(pruned(), tiny_tokenizer(), recipe, tmp_path / "other", data=DATA)
