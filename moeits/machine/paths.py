@@ -56,32 +56,27 @@ def package_folder(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def check_writable(folder: Path) -> Path:
-    """Make a folder, and check that files can be written there: before work whose result goes there.
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made, or written to, before work whose result goes there.
 
-    Parameters
-    ----------
-    folder : Path
-        Folder; it and its parents are made where they are missing.
-
-    Returns
-    -------
-    Path
-        The folder.
+    Nothing is made: of a folder that is missing, the nearest parent is tried.
 
     Raises
     ------
     PlaceError
         If nothing can be written there.
     """
-    _scratch(Path(folder), ".check-").rmdir()
-    return Path(folder)
+    folder = Path(folder).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    with _remedy(folder):
+        Path(tempfile.mkdtemp(prefix=".check-", dir=there)).rmdir()
 
 
-def _scratch(folder: Path, prefix: str) -> Path:
+@contextmanager
+def _remedy(folder: Path) -> Iterator[None]:
+    """Tell what to do where a folder cannot be written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        yield
     except OSError as error:
         remedy = "choose another folder"
         if folder.is_relative_to(CACHE):
@@ -129,7 +124,9 @@ def whole(target: Path, *, once: bool = False) -> Iterator[Path]:
     """
     target = Path(target)
     prefix = f".{target.name}.part-"
-    scratch = _scratch(target.parent, prefix)
+    with _remedy(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     for other in target.parent.glob(f"{glob.escape(prefix)}*"):
         with suppress(FileNotFoundError):
             if scratch.stat().st_mtime - _last_change(other) > _ABANDONED:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ class Record:
     details : dict
         What does not fit a row: answers by question, kept experts by layer.
     provenance : dict
-        What made it (:data:`MADE_BY`), commit, device, seconds (wall), peak_memory (bytes), joules by device
-        where the machine counts them. No host names, no home paths.
+        What made it (:data:`MADE_BY`), when (measured, UTC), commit, device, seconds (wall), peak_memory
+        (bytes), joules by device where the machine counts them. No host names, no home paths.
     """
 
     step: str
@@ -87,6 +88,11 @@ class Record:
     def id(self) -> str:
         """Hash of what was asked, and a shorter one of what made the answer."""
         return f"{self.identity}-{maker(self.provenance)}"
+
+    @property
+    def age(self) -> tuple[str, str]:
+        """Sorts records by when they were measured; those that do not say so come first."""
+        return self.provenance.get("measured", ""), self.id
 
     @property
     def seconds(self) -> float:
@@ -173,8 +179,9 @@ def load(folder: Path, step: str | None = None) -> list[Record]:
 
 
 def find(folder: Path, step: str, inputs: Mapping[str, Any]) -> list[Record]:
-    """Find the records that answer a question, whatever made them."""
-    return [read(path) for path in _files(folder, step, identity(step, inputs))]
+    """Find the records that answer a question, whatever made them; the newest comes last."""
+    found = [read(path) for path in _files(folder, step, identity(step, inputs))]
+    return sorted(found, key=lambda record: record.age)
 
 
 def _files(folder: Path, step: str, asked: str = "?" * 16) -> list[Path]:
@@ -182,14 +189,7 @@ def _files(folder: Path, step: str, asked: str = "?" * 16) -> list[Path]:
 
 
 def latest(step: str, *folders: Path) -> Record:
-    """Newest record of a step in the first of some folders that has one.
-
-    Parameters
-    ----------
-    step : str
-        Name of the step.
-    *folders : Path
-        Folders of records.
+    """Newest record of a step in the first of some folders that has one, by what the records say.
 
     Raises
     ------
@@ -197,8 +197,8 @@ def latest(step: str, *folders: Path) -> Record:
         If none has one.
     """
     for folder in folders:
-        if paths := _files(folder, step):
-            return read(max(paths, key=lambda path: path.stat().st_mtime))
+        if found := load(folder, step):
+            return max(found, key=lambda record: record.age)
     raise MissingError(f"there is no record of the step {step!r}: measure it first (see `make help`)")
 
 
@@ -227,8 +227,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and machine type of this run, without host names or home paths."""
+    """Time, commit, versions and machine type of this run, without host names or home paths."""
     return {
+        "measured": datetime.now(UTC).isoformat(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "lock": lock_digest(),

@@ -57,10 +57,9 @@ _RIVALS = ("rival", "final", "statistics", "oracle", "speed")
 
 
 def _newest(files: Iterable[Path]) -> list[Path]:
-    found = {}
-    for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        found[records.read(file).identity] = file
-    return sorted(found.values())
+    read = {file: records.read(file) for file in files}
+    newest = {read[file].identity: file for file in sorted(read, key=lambda file: read[file].age)}
+    return sorted(newest.values())
 
 
 def check(reference: Path = REFERENCE, sample: Iterable[Measurement] | None = None) -> pd.DataFrame:

@@ -114,8 +114,15 @@ def test_a_place_that_cannot_be_written_is_named_with_the_remedy(tmp_path, monke
         monkeypatch.setattr(paths, "CACHE", tmp_path / "file" / "cache")
         with pytest.raises(PlaceError, match=rf"cannot write to .*file.{folder} .*: {remedy}"):
             paths.check_writable(tmp_path / "file" / folder)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PlaceError, match="cannot write to"):
+        paths.check_writable(tmp_path / "dangling" / "folder")
+
+
+def test_a_check_leaves_no_folder_behind(tmp_path):
     paths.check_writable(tmp_path / "new" / "folder")
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    paths.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_data_package_says_what_to_install():

@@ -8,6 +8,7 @@ from moeits.errors import PlaceError
 from moeits.machine import keys
 from moeits.study import records
 from moeits.study.measurement import Measurement
+from moeits.study.records import Record
 
 
 def measured(value=0.5):
@@ -49,6 +50,16 @@ def test_a_whole_number_is_the_same_question_in_either_type(tmp_path):
     first = remember(tmp_path, "scores", {"tau": 5.0, "recipe": [{"alpha": 16}]}, measured)
     assert remember(tmp_path, "scores", {"tau": 5, "recipe": ({"alpha": 16.0},)}, measured) == first
     assert remember(tmp_path, "scores", {"tau": 5.5, "recipe": [{"alpha": 16}]}, measured) != first
+
+
+def test_the_newest_is_what_says_so_and_not_the_file_that_was_written_last(tmp_path):
+    clone = tmp_path / "clone"
+    made = [remember(tmp_path, "bench", {"size": size}, measured) for size in (1, 2, 3)]
+    old = Record("bench", {"size": 0}, made[0].rows, {}, {"seconds": 1.0})
+    for record in [made[2], made[0], made[1], old]:  # as a clone writes them: in any order
+        records.write(clone, record)
+    assert records.latest("bench", tmp_path / "nothing", clone) == made[2]
+    assert min(records.load(clone), key=lambda record: record.age) == old
 
 
 def test_an_interrupted_measurement_leaves_nothing(tmp_path):
