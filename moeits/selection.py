@@ -1,6 +1,7 @@
 """Which experts are kept: Algorithm 3 (:mod:`moeits.method`) with budgets, floors and groups of experts."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -21,7 +22,7 @@ class Selection:
     Attributes
     ----------
     kept : tuple[int, ...]
-        Experts that stay, ascending.
+        Kept experts, ascending.
     threshold : float or None
         rho = mean(R) + tau IQR(R); None where a number of experts was asked for, or where R has one expert.
     steps : tuple[Step, ...]
@@ -37,7 +38,7 @@ class Selection:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """Experts that go, in order of removal."""
+        """Removed experts, in order of removal."""
         return tuple(step.removed for step in self.steps)
 
 
@@ -50,33 +51,26 @@ def select_experts(
     at_least: int = 1,
     groups: int = 1,
 ) -> Selection:
-    """Select the experts of one layer that stay.
+    """Select the experts of one layer to keep (Algorithm 3, :func:`moeits.method.select`).
 
-    While some pair's redundancy exceeds rho = mean(R) + tau IQR(R), take the most redundant pair and remove
-    the one of the two that is more redundant with all others. With `n_keep` the order of removal is the same,
-    and it stops at that number. The order does not depend on `tau`: what a larger tau keeps includes what a
-    smaller one keeps.
+    With `n_keep` the order of removal is the same, and it stops at that number. The order does not depend on
+    `tau`: what a larger tau keeps includes what a smaller one keeps.
 
     Parameters
     ----------
     R : ndarray, shape (E, E)
         Redundancy of each pair of experts, symmetric. Its own diagonal is not read.
     tau : float, optional
-        Intensity, finite and not negative: large keeps much, small keeps little. Give `tau` or `n_keep`.
+        Threshold, finite and not negative: smaller removes more experts. Give `tau` or `n_keep`.
     n_keep : int, optional
         Number of experts to keep.
-    diagonal : {"zero", "one", "exclude"}
-        What mean and IQR take for R's diagonal: 0 (the authors' code), 1 (NMI as defined), or leave it out.
+    diagonal : {"zero", "one", "exclude"}, default="zero"
+        As in :func:`moeits.method.mean_and_iqr`.
     at_least : int, default=1
-        Never keep fewer than this many (all, where the layer has fewer).
+        Fewest experts to keep (all, where the layer has fewer).
     groups : int, default=1
         Groups of the router, which must stay equally large: experts 0 to E / groups - 1 are the first, and
         so on.
-
-    Returns
-    -------
-    Selection
-        Kept and removed experts, threshold, and the reason of each removal.
 
     Raises
     ------
@@ -86,15 +80,11 @@ def select_experts(
 
     Notes
     -----
-    Ties: the first largest pair in row-major order; of two equal row means, the second expert goes. Row sums
-    are rounded once (``math.fsum``), so that equal rows tie whatever the order of their entries.
-
     The paper does not treat routers that first select groups of experts (DeepSeek-V2, DeepSeek-V3). Their
-    groups must stay equally large, so experts go in rounds: each round is Algorithm 3, restricted to removals
-    from groups that have lost none in this round, until every group has lost one. How many experts stay is
-    what Algorithm 3 keeps without groups, rounded to the nearest multiple of the groups (halves up). As the
-    order of removal depends neither on tau nor on a budget, a larger one still keeps a superset; with one
-    group this is Algorithm 3.
+    groups must stay equally large, so experts are removed in rounds: each round is Algorithm 3, restricted to
+    groups that have lost none in this round, until every group has lost one. Kept are as many experts as
+    Algorithm 3 keeps without groups, rounded to the nearest multiple of the groups (halves up). A larger
+    budget still keeps a superset; with one group this is Algorithm 3.
 
     References
     ----------
@@ -114,7 +104,7 @@ def select_experts(
     check_budget(len(R), n_keep=n_keep, tau=tau, at_least=at_least, groups=groups)
     if n_keep is not None:
         return _selection(len(R), tuple(islice(_rounds(R, groups), len(R) - n_keep)), threshold=None)
-    return _select_by_tau(_Layer.of(R, diagonal, groups), tau, at_least)
+    return _Layer.of(R, diagonal, groups).at(tau, at_least)
 
 
 def check_budget(
@@ -134,7 +124,7 @@ def check_budget(
     experts : int
         Experts E of a layer.
     tau, n_keep, share, at_least, groups
-        As in :func:`select_layers`; what is None is not checked.
+        As in :func:`choose` and :func:`select_experts`; what is None is not checked.
     where : str, default=""
         Names the layer in errors.
 
@@ -174,7 +164,7 @@ def select_share(
     at_least: int = 1,
     groups: int = 1,
 ) -> tuple[float, dict[int, Selection]]:
-    """Find the tau that keeps a share of all routed experts of a model.
+    """Find the one tau that keeps a share of all routed experts of a model.
 
     The number of kept experts is a step function of tau. Where its steps lie is known, and bisection over
     them finds the one nearest to the share (of two equally near, the one that keeps more).
@@ -191,7 +181,6 @@ def select_share(
     Returns
     -------
     tau : float
-        One tau for all layers.
     selections : dict[int, Selection]
         What :func:`select_experts` keeps with that tau, by layer.
 
@@ -207,10 +196,9 @@ def select_share(
         R = _checked(matrix, f"layer {layer}: ")
         check_budget(len(R), share=share, at_least=at_least, groups=groups, where=f"layer {layer}: ")
         layers[layer] = _Layer.of(R, diagonal, groups)
-    total = sum(len(layer.R) for layer in layers.values())
 
     def select(tau: float) -> dict[int, Selection]:
-        return {number: _select_by_tau(layer, tau, at_least) for number, layer in layers.items()}
+        return {number: layer.at(tau, at_least) for number, layer in layers.items()}
 
     def kept(tau: float) -> int:
         return sum(len(selection.kept) for selection in select(tau).values())
@@ -223,6 +211,7 @@ def select_share(
     bounds = [0.0, *sorted(critical), 1 + max(critical, default=0.0)]
     # The middle between two of them, so that rounding cannot blur which steps are taken.
     taus = [(low + high) / 2 for low, high in pairwise(bounds)]
+    total = sum(len(layer.R) for layer in layers.values())
     target = share * total
     fewest, most = kept(taus[0]), kept(taus[-1])
     if not fewest - groups < target < most + groups:
@@ -230,77 +219,21 @@ def select_share(
             f"a share of {share:g} of {total} experts is out of reach: tau >= 0 keeps {fewest} to {most}. "
             "Choose a number per layer (n_keep), another diagonal or another at_least"
         )
-    low, high = 0, len(taus) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if kept(taus[middle]) <= target else (low, middle)
-    tau = min(taus[high], taus[low], key=lambda tau: abs(kept(tau) - target))
+    above = min(bisect_right(taus, target, 1, len(taus) - 1, key=kept), len(taus) - 1)
+    tau = min(taus[above], taus[max(above - 1, 0)], key=lambda tau: abs(kept(tau) - target))
     return tau, select(tau)
 
 
 def equal_count(share: float, experts: Sequence[int], groups: int = 1, at_least: int = 1) -> int:
     """Count the experts that every layer keeps of a share, if all keep equally many.
 
-    Parameters
-    ----------
-    share : float
-        Fraction of all routed experts, in (0, 1].
-    experts : sequence of int
-        Experts of each layer.
-    groups, at_least : int, default=1
-        As in :func:`select_experts`.
-
-    Returns
-    -------
-    int
-        Nearest multiple of the groups, halves up; no fewer than `at_least`, as far as the layers have them.
+    The nearest multiple of the `groups`, halves up; no fewer than `at_least`, as far as the layers, which
+    have these numbers of `experts`, have them.
     """
     check_budget(min(experts), share=share, at_least=at_least, groups=groups)
     mean = share * sum(experts) / len(experts)
     floor = -(-at_least // groups) * groups
     return min(max(math.floor(mean / groups + 0.5) * groups, floor, groups), min(experts))
-
-
-def select_layers(
-    matrices: Mapping[int, np.ndarray],
-    *,
-    tau: float | None = None,
-    n_keep: int | None = None,
-    share: float | None = None,
-    diagonal: str = "zero",
-    at_least: int = 1,
-    groups: int = 1,
-) -> tuple[dict[str, float], dict[int, Selection]]:
-    """Select the experts of every layer by exactly one of tau, a number per layer, or a share of all.
-
-    Parameters
-    ----------
-    matrices : mapping of int to ndarray, shape (E, E)
-        R of every layer.
-    tau, n_keep, share, diagonal, at_least, groups
-        As in :func:`select_experts` and :func:`select_share`.
-
-    Returns
-    -------
-    budget : dict
-        What was asked for, and for a share the tau that was found, as ``kept.json`` holds it.
-    selections : dict[int, Selection]
-        By layer.
-
-    Raises
-    ------
-    MoeitsError
-        If not exactly one budget is given, or it is out of range.
-    """
-    given = {"tau": tau, "n_keep": n_keep, "share": share}
-    budget = {name: value for name, value in given.items() if value is not None}
-    if len(budget) != 1:
-        raise MoeitsError("give exactly one of tau, n_keep and share")
-    options = {"diagonal": diagonal, "at_least": at_least, "groups": groups}
-    if share is not None:
-        found, selections = select_share(matrices, share, **options)
-        return {**budget, "tau": found}, selections
-    return budget, {layer: select_experts(R, **budget, **options) for layer, R in matrices.items()}
 
 
 def _checked(R: np.ndarray, where: str = "") -> np.ndarray:
@@ -329,15 +262,16 @@ def _rounds(R: np.ndarray, groups: int) -> Iterator[Step]:
 
 
 class _Layer(NamedTuple):
-    """What selecting by tau needs to know of a layer, whatever the tau."""
+    """What selecting by tau needs to know of a layer, whatever the tau.
+
+    `order` are Algorithm 3's removals, `rounds` those that keep the groups equally large.
+    """
 
     R: np.ndarray
     diagonal: str
     groups: int
     order: tuple[Step, ...]
-    """Algorithm 3's removals."""
     rounds: tuple[Step, ...]
-    """Removals that keep the groups equally large; of one group, the same."""
 
     @classmethod
     def of(cls, R: np.ndarray, diagonal: str, groups: int) -> "_Layer":
@@ -346,22 +280,22 @@ class _Layer(NamedTuple):
         order = tuple(method.removals(R))
         return cls(R, diagonal, groups, order, order if groups == 1 else tuple(_rounds(R, groups)))
 
-
-def _select_by_tau(layer: _Layer, tau: float, at_least: int) -> Selection:
-    experts, groups = len(layer.R), layer.groups
-    if experts == 1:
-        return _selection(experts, (), threshold=None)
-    steps, threshold = method.select(layer.R, tau, layer.diagonal, layer.order)
-    floor = min(-(-at_least // groups) * groups, experts)
-    keep = (2 * (experts - len(steps)) + groups) // (2 * groups) * groups  # the nearest multiple, halves up
-    return _selection(experts, layer.rounds[: experts - max(keep, floor)], threshold, keep < floor)
+    def at(self, tau: float, at_least: int) -> Selection:
+        """Select by tau."""
+        experts, groups = len(self.R), self.groups
+        if experts == 1:
+            return _selection(experts, (), threshold=None)
+        steps, threshold = method.select(self.R, tau, self.diagonal, self.order)
+        floor = min(-(-at_least // groups) * groups, experts)
+        keep = (2 * (experts - len(steps)) + groups) // (2 * groups) * groups  # nearest multiple, halves up
+        return _selection(experts, self.rounds[: experts - max(keep, floor)], threshold, keep < floor)
 
 
 def _selection(
     experts: int, steps: tuple[Step, ...], threshold: float | None, floor_reached: bool = False
 ) -> Selection:
-    gone = {step.removed for step in steps}
-    kept = tuple(expert for expert in range(experts) if expert not in gone)
+    removed = {step.removed for step in steps}
+    kept = tuple(expert for expert in range(experts) if expert not in removed)
     return Selection(kept, threshold, steps, floor_reached)
 
 
@@ -369,12 +303,14 @@ def choose(
     matrices: Mapping[int, np.ndarray],
     made_by: Mapping[str, object],
     *,
+    tau: float | None = None,
+    n_keep: int | None = None,
+    share: float | None = None,
+    uniform: bool = False,
     diagonal: str | None = None,
     at_least: int | None = None,
-    uniform: bool = False,
-    **budget: object,
 ) -> tuple[dict[int, Selection], Kept]:
-    """Select the experts of every layer within a budget, and put down what made the choice.
+    """Select the experts of every layer by exactly one of tau, a number per layer, or a share of all.
 
     Parameters
     ----------
@@ -383,14 +319,14 @@ def choose(
     made_by : mapping
         What made them: ``model``, ``fingerprint``, ``preset``, ``diagonal``, ``minimum`` (fewest experts per
         layer), ``groups`` (of the router), each where it is known.
+    tau, n_keep, share
+        The budget, as in :func:`select_experts` and :func:`select_share`.
+    uniform : bool, default=False
+        Keep equally many experts in every layer: of a share, or of what the tau keeps, each layer's part.
     diagonal : optional
         As in :func:`select_experts`; what `made_by` says by default.
     at_least : int, optional
         Fewest experts per layer, where the minimum that `made_by` says is not higher.
-    uniform : bool, default=False
-        Keep equally many experts in every layer: of a share, or of what the tau keeps, each layer's part.
-    **budget
-        Exactly one of tau, n_keep and share, as in :func:`select_layers`.
 
     Returns
     -------
@@ -398,29 +334,43 @@ def choose(
         By layer.
     kept : Kept
         What ``kept.json`` holds.
+
+    Raises
+    ------
+    MoeitsError
+        If not exactly one budget is given, or it is out of range.
     """
-    options = {
+    asked = {"tau": tau, "n_keep": n_keep, "share": share}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if len(asked) != 1:
+        raise MoeitsError("give exactly one of tau, n_keep and share")
+    limits = {
         "diagonal": diagonal or made_by.get("diagonal", "zero"),
         "at_least": max(made_by.get("minimum", 1), 1 if at_least is None else at_least),
     }
-    groups = made_by.get("groups", 1)
-    budget = {name: value for name, value in budget.items() if value is not None}
-    share = budget.get("share")
-    if uniform and set(budget) == {"tau"}:
-        _, unequal = select_layers(matrices, **budget, **options, groups=groups)
-        share = sum(len(selection.kept) for selection in unequal.values()) / sum(map(len, matrices.values()))
-    if uniform and len(budget) == 1 and share is not None:
-        n_keep = equal_count(share, [len(R) for R in matrices.values()], groups, options["at_least"])
-        found, selections = select_layers(matrices, n_keep=n_keep, **options, groups=groups)
+    options = {**limits, "groups": made_by.get("groups", 1)}
+    experts = {layer: len(R) for layer, R in matrices.items()}
+
+    def by(**budget: float) -> dict[int, Selection]:
+        return {layer: select_experts(R, **budget, **options) for layer, R in matrices.items()}
+
+    if uniform and n_keep is None:
+        if share is None:
+            share = sum(len(one.kept) for one in by(tau=tau).values()) / sum(experts.values())
+        n_keep = equal_count(share, list(experts.values()), options["groups"], options["at_least"])
+        found, selections = {"n_keep": n_keep}, by(n_keep=n_keep)
+    elif share is not None:
+        tau, selections = select_share(matrices, share, **options)
+        found = {"tau": tau}
     else:
-        found, selections = select_layers(matrices, **budget, **options, groups=groups)
+        found, selections = {}, by(**asked)
     kept = Kept(
         {layer: selection.kept for layer, selection in selections.items()},
-        {layer: len(R) for layer, R in matrices.items()},
+        experts,
         model=made_by.get("model", ""),
         fingerprint=made_by.get("fingerprint"),
         criterion=f"nmi, preset {made_by['preset']}" if "preset" in made_by else "nmi",
-        budget={**budget, **found, **options},
+        budget={**asked, **found, **limits},
         threshold={layer: selection.threshold for layer, selection in selections.items()},
     )
     return selections, kept

@@ -36,7 +36,7 @@ def simplify(
         A causal language model of transformers, pruned in place; or a checkpoint's folder or a model of the
         hub (``OWNER/NAME`` or ``OWNER/NAME@REVISION``), which stays as it is.
     tau, n_keep, share
-        The budget, exactly one of them, as in :func:`moeits.selection.select_layers`.
+        The budget, exactly one of them, as in :func:`moeits.selection.choose`.
     criterion : str, default="moeits"
         What selects: the NMI, or another key of :data:`moeits.criteria.CRITERIA`, which takes no tau.
     preset : {"paper", "official"}, default="paper"

@@ -267,7 +267,7 @@ def check_prunable(
     target : str or Path, optional
         Folder to make.
     tau, n_keep, share : optional
-        The budget, as in :func:`moeits.selection.select_layers`.
+        The budget, as in :func:`moeits.selection.choose`.
     at_least : int, optional
         Fewest experts per layer, where the family's minimum is not higher.
     at_least_top_k : bool, default=False

@@ -21,7 +21,7 @@ from moeits.machine import devices
 from moeits.machine.keys import by_value, code_digest, digest, versions
 from moeits.machine.paths import CACHE, DATA, whole
 from moeits.machine.spread import unordered
-from moeits.selection import Selection, select_layers
+from moeits.selection import Selection, select_experts
 from moeits.study import records
 from moeits.study.measurement import Measurement
 from moeits.study.profiles import HEALINGS, ModelSettings, Profile, Protocol
@@ -169,7 +169,8 @@ class Study:
         """Kept and removed experts of every layer at one tau."""
         matrices, made_by = self._measured
         options = {"diagonal": made_by["diagonal"], "at_least": made_by["minimum"]}
-        return select_layers(matrices, tau=tau, **options, groups=made_by.get("groups", 1))[1]
+        options["groups"] = made_by.get("groups", 1)
+        return {layer: select_experts(R, tau, **options) for layer, R in matrices.items()}
 
     @by_value
     def scores(self, tau: float | None = None) -> Record:
