@@ -4,13 +4,14 @@ The commands here are the library's; study and book add theirs where they are in
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import partial, reduce
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,21 +29,47 @@ def main() -> None:
     """Prune the redundant experts of a Mixture-of-Experts language model (MoEITS, arXiv 2604.10603)."""
 
 
-_tau = click.option(
-    "--tau", type=float, help="Pruning threshold in interquartile ranges; smaller removes more experts."
-)
-_n_keep = click.option("--n-keep", type=int, help="Number of experts to keep in every layer.")
-_share = click.option("--share", type=float, help="Fraction of all routed experts to keep; sets tau.")
-_at_least = click.option(
-    "--at-least", type=int, help="Fewest experts to keep in a layer.  [default: the family's minimum]"
-)
-_uniform = click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer.")
+def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> list[int] | None:
+    """Read a list such as 0,3,8-11."""
+    numbers = []
+    for part in text.split(",") if text is not None else ():
+        first, _, last = part.partition("-")
+        try:
+            numbers += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: write numbers and ranges, such as 0,3,8-11") from None
+    return None if text is None else numbers
+
+
+def _limits(command: Callable) -> Callable:
+    """Give a command the options that say how many experts to keep."""
+    chosen = (
+        click.option(
+            "--tau",
+            type=float,
+            help="Pruning threshold in interquartile ranges; smaller removes more experts.",
+        ),
+        click.option("--n-keep", type=int, help="Number of experts to keep in every layer."),
+        click.option("--share", type=float, help="Fraction of all routed experts to keep; sets tau."),
+        click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer."),
+        click.option(
+            "--at-least",
+            type=int,
+            help="Fewest experts to keep in a layer.  [default: the family's minimum]",
+        ),
+    )
+    return reduce(lambda command, option: option(command), reversed(chosen), command)
+
+
 _preset = click.option(
     "--preset",
     type=click.Choice(["paper", "official"]),
     default="paper",
     show_default=True,
     help="Average the projections as the paper's text does, or weight them as the authors' code does.",
+)
+_layers = click.option(
+    "--layers", callback=_numbers, help="Decoder layers to measure, such as 0,3,8-11.  [default: all]"
 )
 _text = click.option(
     "--text",
@@ -61,7 +88,7 @@ _path = click.Path(path_type=Path)
 @click.argument("model")
 @output("File for the matrices.", default="nmi.npz")
 @_preset
-@click.option("--layers", help="Decoder layers to measure, such as 0,3,8-11.  [default: all]")
+@_layers
 @click.option("--bins", help='Number of bins, or "auto".  [default: auto]')
 @click.option(
     "--n-jobs", type=click.IntRange(1), help="Threads for each layer.  [default: all cores; 1 with --backend]"
@@ -71,12 +98,10 @@ def nmi(
     model: str,
     output: Path,
     overwrite: bool,
-    preset: str,
-    layers: str | None,
     bins: str | None,
-    n_jobs: int | None,
     backend: str | None,
     scheduler: str | None,
+    **settings: Any,
 ) -> None:
     """Measure the NMI of all pairs of experts of a checkpoint or a GGUF file.
 
@@ -85,36 +110,18 @@ def nmi(
     from moeits.nmi import write_matrices
 
     options.check_output(output, overwrite)
-    matrices, settings = _measure(
-        model,
-        preset=preset,
-        bins=int(bins) if bins and bins.isdigit() else bins,
-        layers=None if layers is None else _numbers(layers),
-        n_jobs=n_jobs,
-        progress=not options.quiet(),
-        **options.backend_options(backend, scheduler),
-    )
-    write_matrices(output, matrices, settings)
-    click.echo(f"{output}: {len(matrices)} layers of {settings['model']}")
+    settings["bins"] = int(bins) if bins and bins.isdigit() else bins
+    matrices, made_by = _measure(model, **settings, **options.backend_options(backend, scheduler))
+    write_matrices(output, matrices, made_by)
+    click.echo(f"{output}: {len(matrices)} layers of {made_by['model']}")
 
 
-def _measure(model: str, **options: object) -> tuple:
+def _measure(model: str, **settings: Any) -> tuple:
     """NMI of a checkpoint, or of a GGUF file."""
     from moeits.models import checkpoint, gguf
 
-    return (gguf if Path(model).is_file() else checkpoint).measure_nmi(model, **options)
-
-
-def _numbers(text: str) -> list[int]:
-    """Read a list such as 0,3,8-11."""
-    numbers = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        try:
-            numbers += range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise click.BadParameter(f"{text!r}: write numbers and ranges, such as 0,3,8-11") from None
-    return numbers
+    measure = (gguf if Path(model).is_file() else checkpoint).measure_nmi
+    return measure(model, **settings, progress=not options.quiet())
 
 
 @main.command(
@@ -124,11 +131,11 @@ def _numbers(text: str) -> list[int]:
     )
 )
 @click.argument("model")
-@click.option("--layers", help="Decoder layers to measure, such as 0,3,8-11.  [default: all]")
+@_layers
 @click.option("--align", is_flag=True, help="Match the neurons of each pair first; much slower.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Threads for each layer.  [default: all cores]")
 @options.json_option
-def ancestry(model: str, layers: str | None, align: bool, n_jobs: int | None, as_json: bool) -> None:
+def ancestry(model: str, layers: list[int] | None, as_json: bool, **settings: Any) -> None:
     """Group experts into families, and say whether MoEITS has anything to work with.
 
     Related are experts whose weights share more than shuffled weights do. Where there are families, the
@@ -137,10 +144,9 @@ def ancestry(model: str, layers: str | None, align: bool, n_jobs: int | None, as
     from moeits import ancestry as families
     from moeits.models import checkpoint, hub
 
-    blocks = checkpoint.expert_blocks(hub.find(model), None if layers is None else _numbers(layers))
     by_layer = {}
-    for layer, block in blocks:
-        by_layer[layer] = one = families.ancestry(block, align=align, n_jobs=n_jobs)
+    for layer, block in checkpoint.expert_blocks(hub.find(model), layers):
+        by_layer[layer] = one = families.ancestry(block, **settings)
         if not as_json:
             kept = ", ".join(f"{count} at tau {tau:g}" for tau, count in one.kept.items())
             listed = " | ".join(" ".join(map(str, family)) for family in one.families)
@@ -163,11 +169,7 @@ def ancestry(model: str, layers: str | None, align: bool, n_jobs: int | None, as
 )
 @click.argument("source")
 @click.option("--criterion", help="Method that selects, one of moeits.criteria.  [default: moeits, by NMI]")
-@_tau
-@_n_keep
-@_share
-@_uniform
-@_at_least
+@_limits
 @click.option(
     "--diagonal",
     type=click.Choice(["zero", "one", "exclude"]),
@@ -176,6 +178,7 @@ def ancestry(model: str, layers: str | None, align: bool, n_jobs: int | None, as
 @_text
 @click.option(
     "--calibration-tokens",
+    "tokens",
     type=click.IntRange(512),
     default=8192,
     show_default=True,
@@ -198,18 +201,17 @@ def select(
     at_least: int | None,
     diagonal: str | None,
     text: Path | None,
-    calibration_tokens: int,
-    seed: int,
     device: str,
     dtype: str | None,
     as_json: bool,
     output: Path | None,
     overwrite: bool,
+    **settings: int,
 ) -> None:
     """Select the experts to keep.
 
     SOURCE is an nmi.npz of `moeits nmi`, or a folder or GGUF file to measure, from which MoEITS selects and
-    tells why it removes the others; or, with --criterion, the folder of a checkpoint or a model of the hub.
+    reports why it removes the others; or, with --criterion, the folder of a checkpoint or a model of the hub.
     """
     from moeits.nmi import read_matrices
     from moeits.selection import choose
@@ -224,35 +226,27 @@ def select(
         from moeits.criteria.folder import select_by
         from moeits.machine import devices
 
-        budget = _budget(n_keep=n_keep, share=share)
-        place, number, _ = devices.choose(device, dtype or "float32")
-        kept = select_by(
-            criterion,
-            source,
-            text=text or "calibration",
-            tokens=calibration_tokens,
-            seed=seed,
-            uniform=uniform,
-            device=place,
-            **({} if dtype is None else {"dtype": number}),
-            **budget,
-        )
+        settings |= _budget(n_keep=n_keep, share=share)
+        settings["device"], number, _ = devices.choose(device, dtype or "float32")
+        if dtype is not None:
+            settings["dtype"] = number
+        kept = select_by(criterion, source, text=text or "calibration", uniform=uniform, **settings)
         for layer, ids in kept.layers.items():
             listed = ", ".join(map(str, ids))
             lines.append(f"layer {layer}: keeps {len(ids)} of {kept.num_experts[layer]}: {listed}")
     else:
         budget = _budget(tau=tau, n_keep=n_keep, share=share)
         measured = Path(source).is_dir() or source.endswith(".gguf")
-        layers, made_by = _measure(source, progress=True) if measured else read_matrices(source)
+        layers, made_by = _measure(source) if measured else read_matrices(source)
         limits = {"diagonal": diagonal, "at_least": at_least, "uniform": uniform}
         selections, kept = choose(layers, made_by, **limits, **budget)
         for layer, selection in selections.items():
             rho = "" if selection.threshold is None else f", rho = {selection.threshold:.6f}"
-            floor = "; stopped there by the floor" if selection.floor_reached else ""
+            floor = "; no fewer are allowed" if selection.floor_reached else ""
             lines.append(f"layer {layer}: keeps {len(selection.kept)} of {len(layers[layer])}{rho}{floor}")
             for step in selection.steps:
                 (i, j), means = step.pair, "{:.6f} and {:.6f}".format(*step.row_means)
-                lines.append(f"  {step.removed} goes: NMI({i}, {j}) = {step.nmi:.6f}, row means {means}")
+                lines.append(f"  removes {step.removed}: NMI({i}, {j}) = {step.nmi:.6f}, row means {means}")
     at = f", tau = {kept.budget['tau']:.6g}" if "tau" in kept.budget and share is not None else ""
     lines.append(f"keeps {sum(map(len, kept.layers.values()))} experts, {kept.share:.1%} of all{at}")
     if as_json:
@@ -263,7 +257,7 @@ def select(
         kept.write(output)
 
 
-def _budget(**budget: object) -> dict[str, object]:
+def _budget(**budget: object) -> dict[str, Any]:
     given = {name: value for name, value in budget.items() if value is not None}
     if len(given) != 1:
         names = [f"--{name.replace('_', '-')}" for name in budget]
@@ -280,14 +274,10 @@ def _budget(**budget: object) -> dict[str, object]:
 )
 @click.argument("model")
 @output("Folder to make.", required=True)
-@_tau
+@_limits
 @click.option("--kept", type=_path, help="The kept.json that lists the experts to keep, or C-Prune's list.")
-@_n_keep
-@_share
-@_uniform
 @click.option("--nmi", type=_path, help="The nmi.npz of this model.  [default: measure it]")
 @_preset
-@_at_least
 @click.option("--at-least-top-k", is_flag=True, help="Keep at least as many experts as a token uses.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Threads for the NMI.  [default: all cores]")
 @click.option(
@@ -299,19 +289,17 @@ def prune(
     model: str,
     output: Path,
     overwrite: bool,
-    tau: float | None,
     kept: Path | None,
-    n_keep: int | None,
-    share: float | None,
     uniform: bool,
     nmi: Path | None,
-    preset: str,
     at_least: int | None,
     at_least_top_k: bool,
-    n_jobs: int | None,
     pad: bool,
     drop_mtp: bool,
     trust_remote_code: bool,
+    preset: str,
+    n_jobs: int | None,
+    **budget: float | None,
 ) -> None:
     """Remove experts from a checkpoint, file by file, without loading it, or from a GGUF file.
 
@@ -324,13 +312,12 @@ def prune(
     from moeits.nmi import read_matrices
     from moeits.selection import choose
 
-    numbers = {"tau": tau, "n_keep": n_keep, "share": share}
-    numbers = {name: value for name, value in numbers.items() if value is not None}
-    if kept is None or tau is not None or len(numbers) > 1:
-        _budget(tau=tau, kept=kept, n_keep=n_keep, share=share)
+    numbers = {name: value for name, value in budget.items() if value is not None}
+    if kept is None or "tau" in numbers or len(numbers) > 1:
+        _budget(**budget, kept=kept)
     progress = not options.quiet()
     is_gguf = Path(model).is_file()
-    if is_gguf and tau is not None and not uniform:
+    if is_gguf and "tau" in numbers and not uniform:
         raise click.UsageError(
             "--tau keeps different numbers of experts, and a GGUF file holds one number for all layers: "
             "add --uniform, or give --share or --n-keep"
@@ -339,27 +326,23 @@ def prune(
         raise click.UsageError(
             "--pad and --drop-mtp are for checkpoint folders: convert such a folder to GGUF"
         )
+    uniform = uniform or is_gguf
+    form = gguf if is_gguf else checkpoint
     beside = {"drop_mtp": True} if drop_mtp else {}
-    check = gguf.check_prunable if is_gguf else checkpoint.check_prunable
+    limited = {"at_least": at_least, "at_least_top_k": at_least_top_k, **beside}
     place = nullcontext(output) if is_gguf else options.new_folder(output, overwrite, model)
     with place as target:
-        limits = check(model, target, **numbers, at_least=at_least, at_least_top_k=at_least_top_k, **beside)
-        if kept is not None:
-            choice = Kept.read(
-                kept, partial(gguf.expert_counts if is_gguf else checkpoint.expert_counts, model)
-            )
+        limits = form.check_prunable(model, target, **numbers, **limited)
+        if kept is None:
+            measured = read_matrices(nmi) if nmi else _measure(model, preset=preset, n_jobs=n_jobs)
+            _, choice = choose(measured[0], measured[1] | limits, uniform=uniform, **numbers)
+        else:
+            choice = Kept.read(kept, partial(form.expert_counts, model))
             if numbers or uniform:
                 from moeits.criteria.folder import select_again
 
                 numbers = numbers or {"share": choice.share}
-                choice = select_again(choice, **numbers, uniform=uniform or is_gguf, **limits)
-        else:
-            matrices, made_by = (
-                read_matrices(nmi)
-                if nmi is not None
-                else _measure(model, preset=preset, n_jobs=n_jobs, progress=progress)
-            )
-            _, choice = choose(matrices, made_by | limits, uniform=uniform or is_gguf, **numbers)
+                choice = select_again(choice, **numbers, uniform=uniform, **limits)
         if is_gguf:
             gguf.prune_gguf(model, target, choice, progress=progress)
         else:
@@ -388,11 +371,16 @@ def prune(
 @click.argument("model")
 @output("Folder to make.", required=True)
 @_text
-@click.option("--lora-r", type=click.IntRange(1), help="Rank of the adapters.  [default: 64]")
-@click.option("--lora-alpha", type=float, help="Scale of the adapters, times their rank.  [default: 16]")
-@click.option("--lora-dropout", type=float, help="Dropout in front of the adapters.  [default: 0.1]")
+@click.option("--lora-r", "rank", type=click.IntRange(1), help="Rank of the adapters.  [default: 64]")
+@click.option(
+    "--lora-alpha", "alpha", type=float, help="Scale of the adapters, times their rank.  [default: 16]"
+)
+@click.option(
+    "--lora-dropout", "dropout", type=float, help="Dropout in front of the adapters.  [default: 0.1]"
+)
 @click.option(
     "--lora-targets",
+    "preset",
     type=click.Choice(["paper", "official"]),
     default="paper",
     show_default=True,
@@ -423,10 +411,6 @@ def heal(
     output: Path,
     overwrite: bool,
     text: Path | None,
-    lora_r: int | None,
-    lora_alpha: float | None,
-    lora_dropout: float | None,
-    lora_targets: str,
     settings: tuple[str, ...],
     no_lora: bool,
     refit_to: str | None,
@@ -434,6 +418,7 @@ def heal(
     shard: bool,
     device: str,
     dtype: str,
+    **adapters: Any,
 ) -> None:
     """Heal a pruned model: by LoRA, by refitting it to the unpruned model, or both.
 
@@ -443,18 +428,11 @@ def heal(
     from moeits.healing.lora import estimate
     from moeits.healing.lora import heal as run
     from moeits.healing.recipe import recipe
-    from moeits.machine import devices
 
-    given = {
-        "rank": lora_r,
-        "alpha": lora_alpha,
-        "dropout": lora_dropout,
-        "data": text and str(text.resolve()),
-    }
-    given = {"preset": lora_targets} | {name: value for name, value in given.items() if value is not None}
+    given = adapters | {"data": text and str(text.resolve())}
+    given = {name: value for name, value in given.items() if value is not None}
     training = None if no_lora else recipe(**given | options.values("--set", settings))
-    place, number, reason = devices.choose(device, dtype)
-    note(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}")
+    place, number = options.choose_device(device, dtype)
     with options.new_folder(output, overwrite, *filter(None, (model, refit_to))) as target:
         if training is not None:
             tokens, seconds = estimate(model, training, place, number)
@@ -575,32 +553,22 @@ def evaluate(
     **settings: int | bool | None,
 ) -> None:
     """Score a model on benchmark questions, or measure its perplexity on a text."""
-    from moeits import evaluation
-    from moeits.machine import devices
+    from moeits import corpus, evaluation
+    from moeits.machine.paths import whole
+    from moeits.models import hub
+    from moeits.models.folder import load_model, load_tokenizer
 
     options.check_output(output, overwrite)
     asked = tasks or ("" if text else "all")
     names = list(evaluation.TASKS) if asked == "all" else [name for name in asked.split(",") if name]
     if names:
         evaluation.check_tasks(names)
-    place, number, reason = devices.choose(device, dtype)
-    note(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}")
-    from moeits import corpus
-    from moeits.machine.paths import whole
-    from moeits.models import hub
-    from moeits.models.folder import load_model, load_tokenizer
-
+    place, number = options.choose_device(device, dtype)
     folder = hub.find(model)
     loaded = load_model(folder, dtype=number, device=place)
     tokenizer = load_tokenizer(folder)
-    content = {
-        "settings": {
-            "tasks": names,
-            **settings,
-            "device": place.type,
-            "dtype": str(number).removeprefix("torch."),
-        }
-    }
+    computed = {"device": place.type, "dtype": str(number).removeprefix("torch.")}
+    content = {"settings": {"tasks": names, **settings, **computed}}
     if text is not None:
         longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         length = min(filter(None, (512, longest, settings["max_length"])))
@@ -691,7 +659,7 @@ def push(folder: Path, repository: str, private: bool, yes: bool) -> None:
 @main.command(examples=("moeits families", "moeits families --json"))
 @options.json_option
 def families(as_json: bool) -> None:
-    """List the model families that can be pruned, and those that cannot, with the reason."""
+    """List the supported model families, and those that cannot be pruned, with the reason."""
     from moeits.models.families import REFUSED, families_table
 
     rows = families_table()

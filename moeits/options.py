@@ -29,10 +29,14 @@ def _configure(context: click.Context, _: click.Parameter, file: Path | None) ->
     if not isinstance(given, dict):
         raise click.BadParameter(f"{file} must hold NAME: VALUE, the names of options without their dashes")
     settings = {str(name).replace("-", "_"): value for name, value in given.items()}
-    known = {parameter.name for parameter in context.command.params}
-    if unknown := sorted(settings.keys() - known):
+    known = {
+        name.lstrip("-").replace("-", "_"): parameter.name
+        for parameter in context.command.params
+        for name in parameter.opts
+    }
+    if unknown := sorted(settings.keys() - known.keys()):
         raise click.BadParameter(f"{file}: {context.info_name} has no option {', '.join(unknown)}")
-    context.default_map = settings
+    context.default_map = {known[name]: value for name, value in settings.items()}
 
 
 def _common() -> list[click.Option]:
@@ -187,6 +191,17 @@ dtype_option = click.option(
     show_default=True,
     help="Number format to compute in: auto, float32, bfloat16 or float16.",
 )
+
+
+def choose_device(device: str, dtype: str) -> tuple:
+    """Resolve a command's device and dtype, and say why they were chosen."""
+    from moeits.machine import devices
+
+    place, number, reason = devices.choose(device, dtype)
+    note(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}")
+    return place, number
+
+
 profile_option = click.option(
     "--profile", default="laptop", show_default=True, help="Name of the settings, a file of data/profiles."
 )

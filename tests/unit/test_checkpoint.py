@@ -345,7 +345,8 @@ def test_the_commands_nmi_and_select(mixtral, tmp_path):
     step = selections[1].steps[0]
     assert f"layer 1: keeps {len(kept.layers[1])} of 8, rho = {kept.threshold[1]:.6f}\n" in result.output
     assert (
-        f"  {step.removed} goes: NMI({step.pair[0]}, {step.pair[1]}) = {step.nmi:.6f}, row" in result.output
+        f"  removes {step.removed}: NMI({step.pair[0]}, {step.pair[1]}) = {step.nmi:.6f}, row"
+        in result.output
     )
     assert f"{kept.share:.1%} of all" in result.output
 
@@ -353,7 +354,7 @@ def test_the_commands_nmi_and_select(mixtral, tmp_path):
     assert Kept.read(kept_file).share == 0.75
     assert f"tau = {Kept.read(kept_file).budget['tau']:.6g}" in result.output
     result = run(main, ["select", str(out), "--n-keep", "1", "--at-least", "1"])
-    assert result.output.count("goes: NMI") == 3 * 7
+    assert result.output.count("  removes ") == 3 * 7
 
 
 @pytest.mark.parametrize(

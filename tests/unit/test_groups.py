@@ -58,9 +58,9 @@ def test_groups_stay_equal_and_a_larger_tau_keeps_a_superset(seed, shape, taus, 
 
 
 def test_a_round_by_hand():
-    # Groups {0, 1} and {2, 3}. The largest pair is (0, 1); row means 1.6/3 and 1.3/3: expert 0 goes.
-    # Then (1, 3) with 0.3 is the largest that is left, but group one has lost an expert: 3 goes, though its
-    # row mean 0.4/2 is below that of expert 1, 0.4/2 + 0.05.
+    # Groups {0, 1} and {2, 3}. The largest pair is (0, 1); row means 1.6/3 and 1.3/3: expert 0 is removed.
+    # Then (1, 3) with 0.3 is the largest that is left, but group one has lost an expert: 3 is removed, though
+    # its row mean 0.4/2 is below that of expert 1, 0.4/2 + 0.05.
     R = np.array([[0, 0.9, 0.4, 0.3], [0.9, 0, 0.2, 0.3], [0.4, 0.2, 0, 0.1], [0.3, 0.3, 0.1, 0]])
     first, second = select_experts(R, n_keep=2, groups=2).steps
     assert (first.removed, first.pair) == (0, (0, 1))

@@ -31,7 +31,7 @@ def test_keeps_the_golden_lists(case):
 # zero: 0 0 0 .2 .2 .3 .3 .6 .6; mean 2.2/9; quartiles at places 2 and 6: 0 and .3; IQR .3.
 # one: .2 .2 .3 .3 .6 .6 1 1 1; mean 5.2/9; quartiles .3 and 1; IQR .7.
 # exclude: .2 .2 .3 .3 .6 .6; mean 2.2/6; quartiles at places 1.25 and 3.75: .225 and .525; IQR .3.
-# The largest pair is (0, 1) with .6; row means (.6 + .2)/2 = .4 and (.6 + .3)/2 = .45: expert 1 goes.
+# The largest pair is (0, 1) with .6; row means (.6 + .2)/2 = .4 and (.6 + .3)/2 = .45: expert 1 is removed.
 # Then (0, 2), with .2, is left.
 @pytest.mark.parametrize(
     ("diagonal", "tau", "threshold", "kept"),
@@ -60,7 +60,7 @@ def test_every_step_tells_pair_value_and_row_means():
     assert first.pair == (0, 1)
     assert first.nmi == 0.6
     assert first.row_means == pytest.approx((0.4, 0.45))
-    # Experts 0 and 2 are left, equally redundant with each other: the second goes.
+    # Experts 0 and 2 are left, equally redundant with each other: the second is removed.
     assert second == (2, (0, 2), 0.2, (0.2, 0.2))
 
 
