@@ -1,4 +1,4 @@
-"""Which experts descend from one: families of experts whose weights share more than chance gives.
+"""Which experts share ancestry: families of experts whose weights share more than chance gives.
 
 The NMI of weights finds shared ancestry where copies have not drifted far apart, and MoEITS has something to
 work with where it does: the threshold rule then keeps about one expert per family, whatever tau is. Elsewhere
@@ -65,27 +65,15 @@ def ancestry(
 
     Parameters
     ----------
-    block : mapping of str to array (E, rows, cols)
-        Weights, as for :func:`moeits.nmi.nmi_matrix`.
+    block, n_jobs
+        As in :func:`moeits.nmi.nmi_matrix`, which names bad input.
     align : bool, default=False
-        Whether to match the neurons of each pair first. Permuted copies are then found, at some hundred times
-        the cost.
+        Match the neurons of each pair first. Permuted copies are then found, at some hundred times the cost.
     draws : int, default=2
-        Shuffles of the weights, which have no ancestry: a pair is related if it lies twice as far above their
-        mean NMI as the largest of their pairs.
+        Shuffles of the weights, 1 or more, which have no ancestry: a pair is related if it lies twice as far
+        above their mean NMI as the largest of their pairs.
     seed : int, default=0
-        Of the shuffles.
-    n_jobs : int, optional
-        Threads; all cores by default.
-
-    Returns
-    -------
-    Ancestry
-
-    Raises
-    ------
-    MoeitsError
-        As :func:`moeits.nmi.nmi_matrix`; or for fewer than one shuffle.
+        Seed of the shuffles.
     """
     if draws < 1:
         raise MoeitsError(f"draws is {draws}: shuffle once or more")
@@ -100,19 +88,9 @@ def ancestry(
 
 
 def families(R: np.ndarray, limit: float) -> tuple[tuple[int, ...], ...]:
-    """Group experts by average linkage: two groups join while their mean NMI exceeds a limit.
+    """Group experts by average linkage of R (E, E): two groups join while their mean NMI exceeds a limit.
 
-    Parameters
-    ----------
-    R : ndarray, shape (E, E)
-        NMI of each pair.
-    limit : float
-        What counts as related.
-
-    Returns
-    -------
-    tuple of tuple of int
-        Largest family first, then by the first expert.
+    The largest family comes first; of equally large ones, that with the first expert.
     """
     if len(R) < 2:
         return tuple((expert,) for expert in range(len(R)))
@@ -123,18 +101,7 @@ def families(R: np.ndarray, limit: float) -> tuple[tuple[int, ...], ...]:
 
 
 def report(found: Mapping[int, Ancestry]) -> str:
-    """Say in words what the ancestry of a model's experts means for pruning it.
-
-    Parameters
-    ----------
-    found : mapping of int to Ancestry
-        Decoder layer to its ancestry.
-
-    Returns
-    -------
-    str
-        One or two sentences.
-    """
+    """Say in a sentence or two what the ancestry of each layer's experts means for pruning a model."""
     related = [one for one in found.values() if one.found]
     if not related:
         return (
@@ -152,10 +119,9 @@ def report(found: Mapping[int, Ancestry]) -> str:
 
 def _shuffled(block: Mapping[str, Sequence], random: np.random.Generator) -> dict[str, torch.Tensor]:
     """Shuffle the weights of every expert within each of its projections."""
-    return {
-        name: torch.stack([_permuted(torch.as_tensor(one), random) for one in block[name]]) for name in block
-    }
 
+    def permuted(matrix: torch.Tensor) -> torch.Tensor:
+        order = torch.from_numpy(random.permutation(matrix.numel()))
+        return matrix.flatten()[order].reshape(matrix.shape)
 
-def _permuted(matrix: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    return matrix.flatten()[torch.from_numpy(random.permutation(matrix.numel()))].reshape(matrix.shape)
+    return {name: torch.stack([permuted(torch.as_tensor(one)) for one in block[name]]) for name in block}

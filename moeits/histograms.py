@@ -52,10 +52,10 @@ def discretise(weights: object, bins: str | int = "auto", *, out: np.ndarray | N
     ----------
     weights : array or tensor
         Any shape; float64, float32, float16 or bfloat16.
-    bins : "auto" or int
-        Number of bins.
+    bins : "auto" or int, default="auto"
+        Number of bins; "auto" is the rule of :func:`auto_bins`.
     out : ndarray of uint16, optional
-        Where the codes go, if it is of the right size.
+        Memory for the codes, if it is of the right size.
 
     Returns
     -------

@@ -89,7 +89,7 @@ def nmi(x: object, y: object, *, bins: str | int = "auto") -> float:
     ----------
     x, y : array or tensor, same number of elements N
         Weights in float64, float32, float16 or bfloat16; they are compared element by element.
-    bins : "auto" or int
+    bins : "auto" or int, default="auto"
         Number of equal-width bins of each matrix, from its least to its largest value. "auto" is the rule of
         :func:`moeits.histograms.auto_bins`.
 
@@ -136,18 +136,17 @@ def nmi_matrix(
     block : mapping of str to array or tensor, shape (E, rows, columns)
         Weights of the E experts for each projection, such as ``{"gate": ..., "up": ..., "down": ...}``, in
         float64, float32, float16 or bfloat16. A sequence of E matrices serves as well.
-    bins : "auto" or int
+    bins : "auto" or int, default="auto"
         As in :func:`nmi`.
     projection_weights : mapping of str to float, optional
         Weight of each projection, divided by their sum; None is the plain mean of eq. 10.
     n_jobs : int, optional
         Threads; None takes all cores that this process may use. The result does not depend on it.
-    correction : {None, "miller-madow", "null"}
-        What is done about the bias that finite samples give the estimate: nothing (the paper's); to every
-        entropy (K - 1) / 2N is added, K being its occupied cells and N the number of weights; or the mean NMI
-        with shuffled weights is subtracted. Corrected values of unrelated experts scatter around 0, on both
-        sides.
-    align : bool
+    correction : {None, "miller-madow", "null"}, default=None
+        Correction of the bias that finite samples give the estimate: none (the paper's); to every entropy
+        (K - 1) / 2N is added, K being its occupied cells and N the number of weights; or the mean NMI with
+        shuffled weights is subtracted. Corrected values of unrelated experts scatter around 0.
+    align : bool, default=False
         First order the second expert's hidden neurons by :func:`match_neurons`, for each pair, so that the
         NMI no longer depends on their order.
 
@@ -159,10 +158,8 @@ def nmi_matrix(
     Raises
     ------
     MoeitsError
-        If the block is empty, its projections differ in E, the weights' names are not the block's, or a
-        matrix has NaN or infinite values; the message names projection and expert. If the correction is
-        unknown; if projections to align are not gate, up and down; for "null" with `align`, where shuffled
-        weights have no neurons to match.
+        If the block is empty, its projections differ in E, or a matrix has NaN or infinite values; if an
+        option does not fit the block or another option.
 
     Notes
     -----
@@ -214,12 +211,8 @@ def null_nmi(
 ) -> np.ndarray:
     """NMI of every pair with the second expert's weights shuffled: what unrelated experts would score.
 
-    The options are those of :func:`nmi_matrix`, and the `seed` of the shuffles.
-
-    Returns
-    -------
-    ndarray of float64, shape (draws, E, E)
-        Each symmetric, zero diagonal.
+    The options are those of :func:`nmi_matrix`, and the `seed` of the shuffles; the result is of shape
+    (draws, E, E), each matrix symmetric with zero diagonal.
     """
     if draws < 1:
         raise MoeitsError(f"draws is {draws}: shuffle once or more")
@@ -246,15 +239,9 @@ def nmi_zscores(
     n_jobs: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """How many standard deviations the NMI of every pair lies above that of shuffled weights.
+    """How many standard deviations the NMI of every pair lies above that of shuffled weights, (E, E).
 
-    Mean and standard deviation of each pair are over `draws` shuffles, 2 or more, by `seed`; the other
-    options are those of :func:`nmi_matrix`.
-
-    Returns
-    -------
-    ndarray of float64, shape (E, E)
-        Symmetric, zero diagonal.
+    Mean and standard deviation of each pair are those of :func:`null_nmi` over `draws` shuffles, 2 or more.
     """
     if draws < 2:
         raise MoeitsError(f"draws is {draws}: a standard deviation needs 2 shuffles or more")
@@ -266,10 +253,10 @@ def nmi_zscores(
 
 
 def match_neurons(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Order the hidden neurons of the second expert so that they are as near as can be to those of the first.
+    """Order the hidden neurons of the second expert as those of the first, by their weights (m, n).
 
-    Both (m, n) are weights of m neurons. Of all orders (m,), ``second[order]`` has the largest inner product
-    with `first`: weight matching, doi:10.48550/arXiv.2209.04836.
+    Of all orders (m,), ``second[order]`` has the largest inner product with `first`: weight matching,
+    doi:10.48550/arXiv.2209.04836.
     """
     return linear_sum_assignment(first @ second.T, maximize=True)[1]
 
@@ -327,30 +314,23 @@ def projection_nmi(
     shuffle: tuple[int, int] | None = None,
     room: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """NMI of all pairs of experts for one projection.
+    """NMI of all pairs of experts for one projection, shape (E, E): symmetric, zero diagonal.
 
     Parameters
     ----------
     weights : array or tensor, shape (E, rows, columns), or sequence of E matrices
         One projection of the experts of a layer.
-    bins, n_jobs
-        As in :func:`nmi_matrix`.
-    name : str
+    bins, n_jobs, correction
+        As in :func:`nmi_matrix`; the correction is not "null".
+    name : str, default="weights"
         What error messages call the projection.
-    correction : {None, "miller-madow"}
-        As in :func:`nmi_matrix`.
     orders : mapping of (int, int) to ndarray, optional
         For each pair, the order of the second expert's hidden neurons.
     shuffle : (int, int), optional
         Seed and number of a draw: every second expert's weights are shuffled.
     room : list of ndarray of uint16, optional
-        Memory of another projection's codes to use again, and left with this one's: fresh memory costs as
-        much as finding the codes does.
-
-    Returns
-    -------
-    ndarray of float64, shape (E, E)
-        Symmetric, zero diagonal.
+        Memory for the codes, taken from another projection and left for the next: fresh memory costs as much
+        as finding the codes does.
     """
     experts = len(weights)
     if not experts:
@@ -426,16 +406,10 @@ def projection_nmi(
 def write_matrices(
     path: str | Path, matrices: Mapping[int, np.ndarray], settings: Mapping[str, object]
 ) -> None:
-    """Write ``nmi.npz``, whole or not at all.
+    """Write ``nmi.npz``, whole or not at all; an existing file is replaced.
 
-    Parameters
-    ----------
-    path : path
-        Target; an existing file is replaced.
-    matrices : mapping of int to ndarray, shape (E, E)
-        R of each layer; in the file it is called ``layer_N``.
-    settings : mapping
-        What made them (model, fingerprint, preset, bins, ...), kept as JSON under ``settings``.
+    It holds R (E, E) of each layer as ``layer_N``, and the settings that made them (model, fingerprint,
+    preset, bins, ...) as JSON.
     """
     arrays = {f"layer_{layer}": np.asarray(R, dtype=np.float64) for layer, R in sorted(matrices.items())}
     with whole(Path(path)) as part, part.open("wb") as file:
@@ -443,14 +417,7 @@ def write_matrices(
 
 
 def read_matrices(path: str | Path) -> tuple[dict[int, np.ndarray], dict[str, object]]:
-    """Read ``nmi.npz``.
-
-    Returns
-    -------
-    matrices : dict[int, ndarray]
-        R of each layer, ascending.
-    settings : dict
-        What made them.
+    """Read the matrices of each layer, ascending, and their settings from ``nmi.npz``.
 
     Raises
     ------

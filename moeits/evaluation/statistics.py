@@ -31,7 +31,7 @@ def verdict(
     margin: float | None = None,
     higher_is_better: bool = False,
 ) -> str:
-    """Judge a difference to something else, or to 0.
+    """Judge a difference against 0.
 
     Parameters
     ----------
@@ -92,23 +92,10 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], margin: float | None = None) -> Estimate:
-    """Estimate a mean over independent units, and judge it.
+    """Estimate a mean over independent units, and judge it; lower values are better.
 
-    Parameters
-    ----------
-    values : sequence of float
-        One per unit, two or more; lower is better.
-    margin : float, optional
-        Margin of equivalence; without one nothing is equivalent.
-
-    Returns
-    -------
-    Estimate
-
-    Raises
-    ------
-    MoeitsError
-        For fewer than two values: one training gives no error over trainings.
+    `values` are one per unit, two or more (a MoeitsError for one: a single training gives no error over
+    trainings); `margin` is that of :func:`verdict`.
     """
     values = np.asarray(values, float)
     if len(values) < 2:
@@ -121,23 +108,11 @@ def estimate(values: Sequence[float], margin: float | None = None) -> Estimate:
 
 
 def ratio(values: "Sequence[float]", weights: "Sequence[float] | None" = None) -> tuple[float, float]:
-    """Sum of values over sum of weights, and its standard error.
+    """Sum of values over sum of weights (one each per independent unit; ones by default), and its error.
 
-    The error is the delta method's for a ratio of two means over the same n units, ``sqrt(n / (n - 1) *
-    sum((values - ratio * weights)**2)) / sum(weights)``. With unit weights it is the sample standard
-    deviation over sqrt(n).
-
-    Parameters
-    ----------
-    values : sequence of float
-        One per independent unit.
-    weights : sequence of float, optional
-        The same number; ones by default.
-
-    Returns
-    -------
-    value, stderr : float
-        The error of one unit is NaN.
+    The standard error is the delta method's for a ratio of two means over the same n units, ``sqrt(n / (n -
+    1) * sum((values - ratio * weights)**2)) / sum(weights)``: with unit weights the sample standard deviation
+    over sqrt(n), for one unit NaN.
     """
     x = np.asarray(values, dtype=float)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=float)
@@ -169,10 +144,9 @@ def compare(items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         A row per task and variant: ``task`` ("mean" for the last rows), ``variant``, ``difference`` (b minus
-        a), ``stderr`` of the paired difference (as in :func:`summarise`, of the differences), ``p``
-        (McNemar's exact test, two-sided, doi:10.1007/BF02295996: the questions that flipped against a fair
-        coin; accuracies only, of all tasks together in the mean), ``lost`` and ``won`` (questions right in a
-        only and in b only), ``flips`` (their sum), ``n`` and the :func:`verdict` on b.
+        a), ``stderr`` of the paired difference, ``p`` (of :func:`mcnemar`; accuracies only, of all tasks
+        together in the mean), ``lost`` and ``won`` (questions right in a only and in b only), ``flips``
+        (their sum), ``n`` and the :func:`verdict` on b.
 
     Raises
     ------
@@ -254,6 +228,6 @@ def check_items(items: pd.DataFrame) -> None:
     if twice.any():
         first = items[twice].iloc[0]
         raise MoeitsError(
-            f"question {first['question']} of {first['task']} is there twice: give the scores of one "
+            f"question {first['question']} of {first['task']} occurs twice: give the scores of one "
             "model under one setting"
         )

@@ -365,7 +365,7 @@ def test_only_the_same_questions_are_compared():
         compare(items, items[:2])
     with pytest.raises(ValueError, match="share 0 of 3 and 3"):
         compare(items, items.assign(shots=5))
-    with pytest.raises(ValueError, match="question 0 of arc_easy is there twice"):
+    with pytest.raises(ValueError, match="question 0 of arc_easy occurs twice"):
         summarise(pd.concat([items, items]))
     with pytest.raises(ValueError, match="no scored questions"):
         baselines(items[:0])
