@@ -152,11 +152,11 @@ def ancestry(model: str, layers: list[int] | None, as_json: bool, **settings: An
             listed = " | ".join(" ".join(map(str, family)) for family in one.families)
             click.echo(f"layer {layer}: {len(one.families)} families: {listed}; keeps {kept}")
     if as_json:
-        told = {
+        content = {
             layer: {"families": one.families, "limit": one.limit, "kept": one.kept}
             for layer, one in by_layer.items()
         }
-        options.print_json({"layers": told, "report": families.report(by_layer)})
+        options.print_json({"layers": content, "report": families.report(by_layer)})
     else:
         click.echo(families.report(by_layer))
 
@@ -330,8 +330,8 @@ def prune(
     form = gguf if is_gguf else checkpoint
     beside = {"drop_mtp": True} if drop_mtp else {}
     limited = {"at_least": at_least, "at_least_top_k": at_least_top_k, **beside}
-    place = nullcontext(output) if is_gguf else options.new_folder(output, overwrite, model)
-    with place as target:
+    opened = nullcontext(output) if is_gguf else options.new_folder(output, overwrite, model)
+    with opened as target:
         limits = form.check_prunable(model, target, **numbers, **limited)
         if kept is None:
             measured = read_matrices(nmi) if nmi else _measure(model, preset=preset, n_jobs=n_jobs)
@@ -432,10 +432,10 @@ def heal(
     given = adapters | {"data": text and str(text.resolve())}
     given = {name: value for name, value in given.items() if value is not None}
     training = None if no_lora else recipe(**given | options.values("--set", settings))
-    place, number = options.choose_device(device, dtype)
+    chosen, number = options.choose_device(device, dtype)
     with options.new_folder(output, overwrite, *filter(None, (model, refit_to))) as target:
         if training is not None:
-            tokens, seconds = estimate(model, training, place, number)
+            tokens, seconds = estimate(model, training, chosen, number)
             note(
                 f"trains on up to {tokens:,} tokens, about {_duration(seconds)} here; --set steps=N for fewer"
             )
@@ -449,7 +449,7 @@ def heal(
             progress=not options.quiet(),
             shard=shard,
             dtype=number,
-            device_map={"": place},
+            device_map={"": chosen},
         )
     for layer in report.get("refit", {"layers": []})["layers"]:
         click.echo("layer {layer}: error {before:.4f} before the refit, {after:.4f} after".format(**layer))
@@ -563,11 +563,11 @@ def evaluate(
     names = list(evaluation.TASKS) if asked == "all" else [name for name in asked.split(",") if name]
     if names:
         evaluation.check_tasks(names)
-    place, number = options.choose_device(device, dtype)
+    chosen, number = options.choose_device(device, dtype)
     folder = hub.find(model)
-    loaded = load_model(folder, dtype=number, device=place)
+    loaded = load_model(folder, dtype=number, device=chosen)
     tokenizer = load_tokenizer(folder)
-    computed = {"device": place.type, "dtype": str(number).removeprefix("torch.")}
+    computed = {"device": chosen.type, "dtype": str(number).removeprefix("torch.")}
     content = {"settings": {"tasks": names, **settings, **computed}}
     if text is not None:
         longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)

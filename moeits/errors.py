@@ -18,4 +18,4 @@ class ExistsError(MoeitsError, FileExistsError):
 
 
 class PlaceError(MoeitsError, OSError):
-    """Nothing can be written to a place, or too little."""
+    """A folder or file cannot be written, or the disk is too full."""

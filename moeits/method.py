@@ -79,7 +79,7 @@ def redundancy(r: Iterable[np.ndarray], shares: Iterable[float]) -> np.ndarray:
 
 
 def mean_and_iqr(R: np.ndarray, diagonal: str = "zero") -> tuple[float, float]:
-    """Mean m and interquartile range iqr of the whole R, taken once (Algorithm 3, lines 3 and 4).
+    """Mean m and interquartile range iqr of R, taken once (Algorithm 3, lines 3 and 4).
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ class Step(NamedTuple):
     row_means : tuple[float, float]
         Mean redundancy of each of the two with all other experts left at this step. The one with the larger
         mean is removed; when they are equal, the second. With groups, one whose group already lost an expert
-        in this round stays.
+        in this round is kept.
     """
 
     removed: int
@@ -131,7 +131,7 @@ class Step(NamedTuple):
     row_means: tuple[float, float]
 
 
-def removal(R: np.ndarray, left: Sequence[int], may_go: np.ndarray | None = None) -> Step:
+def removal(R: np.ndarray, left: Sequence[int], removable: np.ndarray | None = None) -> Step:
     """Of the two most similar experts, remove the one more redundant with the others (lines 8 to 10).
 
     Parameters
@@ -140,7 +140,7 @@ def removal(R: np.ndarray, left: Sequence[int], may_go: np.ndarray | None = None
         Redundancy of each pair of experts, symmetric.
     left : sequence of int
         Experts that are left, ascending, two or more.
-    may_go : ndarray of bool, shape (E,), optional
+    removable : ndarray of bool, shape (E,), optional
         Experts that may be removed; all by default, as in the paper.
 
     Notes
@@ -149,13 +149,13 @@ def removal(R: np.ndarray, left: Sequence[int], may_go: np.ndarray | None = None
     second expert is removed. Row sums are rounded once (``math.fsum``), so that equal rows tie whatever the
     order of their entries.
     """
-    may_go = np.ones(len(R), dtype=bool) if may_go is None else may_go
-    free = may_go[left]
+    removable = np.ones(len(R), dtype=bool) if removable is None else removable
+    free = removable[left]
     allowed = np.triu(free[:, None] | free, 1)
     largest = int(np.where(allowed, R[np.ix_(left, left)], -np.inf).argmax())
     i, j = (left[place] for place in divmod(largest, len(left)))
     means = tuple(math.fsum(R[e, k] for k in left if k != e) / (len(left) - 1) for e in (i, j))
-    first = may_go[i] and (means[0] > means[1] or not may_go[j])
+    first = removable[i] and (means[0] > means[1] or not removable[j])
     return Step(i if first else j, (i, j), float(R[i, j]), means)
 
 

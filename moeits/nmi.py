@@ -179,7 +179,7 @@ def nmi_matrix(
             'correction="null" is not defined with align=True: shuffled weights have no neurons'
         )
     orders = _matched(block) if align else None
-    room: list[np.ndarray] = []
+    memory: list[np.ndarray] = []
     R = _sum_of_projections(
         block,
         projection_weights,
@@ -190,7 +190,7 @@ def nmi_matrix(
             name=projection,
             correction=None if correction == "null" else correction,
             orders=orders,
-            room=room,
+            memory=memory,
         ),
     )
     if correction == "null":
@@ -312,7 +312,7 @@ def projection_nmi(
     correction: str | None = None,
     orders: Mapping[tuple[int, int], np.ndarray] | None = None,
     shuffle: tuple[int, int] | None = None,
-    room: list[np.ndarray] | None = None,
+    memory: list[np.ndarray] | None = None,
 ) -> np.ndarray:
     """NMI of all pairs of experts for one projection, shape (E, E): symmetric, zero diagonal.
 
@@ -328,7 +328,7 @@ def projection_nmi(
         For each pair, the order of the second expert's hidden neurons.
     shuffle : (int, int), optional
         Seed and number of a draw: every second expert's weights are shuffled.
-    room : list of ndarray of uint16, optional
+    memory : list of ndarray of uint16, optional
         Memory for the codes, taken from another projection and left for the next: fresh memory costs as much
         as finding the codes does.
     """
@@ -340,7 +340,7 @@ def projection_nmi(
         raise MoeitsError(f"n_jobs is {n_jobs}: give a number of threads, 1 or more")
     joint = np.zeros((experts, experts))
     with ThreadPoolExecutor(workers) as pool:
-        spare = room or []
+        spare = memory or []
 
         def code(e: int) -> Codes | None:
             try:
@@ -357,8 +357,8 @@ def projection_nmi(
                 "counts as wholly redundant",
                 stacklevel=2,
             )
-        if room is not None:
-            room[:] = [a.codes for a in coded if a is not None]
+        if memory is not None:
+            memory[:] = [a.codes for a in coded if a is not None]
         elements = {a.codes.size for a in coded if a is not None}
         if len(elements) > 1:
             raise MoeitsError(f"{name}: the experts have different sizes, {sorted(elements)} weights")

@@ -197,9 +197,9 @@ def choose_device(device: str, dtype: str) -> tuple:
     """Resolve a command's device and dtype, and say why they were chosen."""
     from moeits.machine import devices
 
-    place, number, reason = devices.choose(device, dtype)
-    note(f"{place.type}, {str(number).removeprefix('torch.')}: {reason}")
-    return place, number
+    chosen, number, reason = devices.choose(device, dtype)
+    note(f"{chosen.type}, {str(number).removeprefix('torch.')}: {reason}")
+    return chosen, number
 
 
 profile_option = click.option(

@@ -251,14 +251,14 @@ def _checked(R: np.ndarray, where: str = "") -> np.ndarray:
 def _rounds(R: np.ndarray, groups: int) -> Iterator[Step]:
     """Remove in rounds, until one expert of every group is left: each group loses one expert in each."""
     left, size = list(range(len(R))), len(R) // groups
-    may_go = np.ones(len(R), dtype=bool)
+    removable = np.ones(len(R), dtype=bool)
     while len(left) > groups:
-        step = method.removal(R, left, may_go)
+        step = method.removal(R, left, removable)
         yield step
         left.remove(step.removed)
-        may_go[np.arange(len(R)) // size == step.removed // size] = False
-        if not may_go.any():  # every group has lost one: the next round
-            may_go[:] = True
+        removable[np.arange(len(R)) // size == step.removed // size] = False
+        if not removable.any():  # every group has lost one: the next round
+            removable[:] = True
 
 
 class _Layer(NamedTuple):

@@ -25,12 +25,12 @@ def problems(
     parts : mapping of str to type, optional
         Settings within them, by their names.
     """
-    told = []
+    said = []
     for problem in error.errors():
         where = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             known = (parts or {}).get(problem["loc"][0], model)
-            told.append(f"unknown setting {where!r} (known: {', '.join(known.model_fields)})")
+            said.append(f"unknown setting {where!r} (known: {', '.join(known.model_fields)})")
         else:
-            told.append(f"{where} = {problem['input']!r}: {problem['msg']}")
-    return "; ".join(told)
+            said.append(f"{where} = {problem['input']!r}: {problem['msg']}")
+    return "; ".join(said)

@@ -85,8 +85,8 @@ def simplify(
     if preset not in PRESETS:
         raise MoeitsError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
     if isinstance(model, str | Path):
-        place, number, _ = devices.choose(device, dtype or "float32")
-        model = load_model(model, device=place, **({} if dtype is None else {"dtype": number}))
+        chosen, number, _ = devices.choose(device, dtype or "float32")
+        model = load_model(model, device=chosen, **({} if dtype is None else {"dtype": number}))
     layers = moe_layers(model)
     check_budgets(layers, tau=tau, n_keep=n_keep, share=share)
     if criterion != MOEITS:
@@ -94,19 +94,19 @@ def simplify(
             raise MoeitsError(f"{criterion!r} takes n_keep or share; tau and at_least belong to {MOEITS!r}")
         kept = select_by(criterion, model, text=text, n_keep=n_keep, share=share)
         return Simplified(prune_model(model, kept), kept)
-    chosen = PRESETS[preset]
-    weights = chosen.projection_weights(model.config.model_type)
+    settings = PRESETS[preset]
+    weights = settings.projection_weights(model.config.model_type)
     # Line 2: the NMI of the experts (equations 4 to 11).
     matrices = {
         layer.layer: nmi_matrix(
-            expert_block(layer), bins=chosen.bins, projection_weights=weights, n_jobs=n_jobs
+            expert_block(layer), bins=settings.bins, projection_weights=weights, n_jobs=n_jobs
         )
         for layer in tqdm(layers, "NMI", unit="layer", disable=not progress)
     }
     made_by = {
         "model": name_of(model.name_or_path),
         "preset": preset,
-        "diagonal": chosen.diagonal,
+        "diagonal": settings.diagonal,
         "minimum": max(layer.least_for_top_k if at_least_top_k else layer.minimum for layer in layers),
         "groups": max(layer.groups for layer in layers),
     }

@@ -19,7 +19,7 @@ from moeits.criteria import (
     reconstruction,
     router,
 )
-from moeits.criteria.base import Change, Layer, Score, Spread, across_layers, best, uniform, whole_groups
+from moeits.criteria.base import Change, Layer, Score, Spread, across_layers, best, equal_groups, uniform
 from moeits.errors import BudgetError, MoeitsError
 from moeits.machine.keys import by_value
 from moeits.selection import check_budget, equal_count
@@ -97,7 +97,7 @@ class Criterion:
             experts, first = [layer.experts for layer in layers.values()], next(iter(layers.values()))
             check_budget(min(experts), share=share)
             if not uniform:
-                return whole_groups(self.spread(layers, share, self.score), layers)
+                return equal_groups(self.spread(layers, share, self.score), layers)
             n_keep = equal_count(share, experts, first.groups, first.minimum)
         return dict.fromkeys(layers, n_keep)
 

@@ -299,7 +299,7 @@ def all_subsets(layer: Layer, n_keep: int) -> Iterator[tuple[int, ...]]:
     return (tuple(chain.from_iterable(part)) for part in product(*parts))
 
 
-def whole_groups(counts: Mapping[int, int], layers: Mapping[int, Layer]) -> dict[int, int]:
+def equal_groups(counts: Mapping[int, int], layers: Mapping[int, Layer]) -> dict[int, int]:
     """Round the experts to keep in each layer to a multiple of its groups.
 
     What that adds or takes is carried to the next layer: the sum stays near where the minima allow it.
@@ -307,8 +307,8 @@ def whole_groups(counts: Mapping[int, int], layers: Mapping[int, Layer]) -> dict
     rounded, carried = {}, 0
     for number, layer in layers.items():
         wanted = counts[number] + carried
-        whole = (2 * wanted + layer.groups) // (2 * layer.groups) * layer.groups
-        rounded[number] = min(max(whole, layer.minimum), layer.experts)
+        nearest = (2 * wanted + layer.groups) // (2 * layer.groups) * layer.groups
+        rounded[number] = min(max(nearest, layer.minimum), layer.experts)
         carried = wanted - rounded[number] if layer.groups > 1 else 0
     return rounded
 
@@ -322,7 +322,7 @@ def uniform(layers: Mapping[int, Layer], share: float, _: Score | None = None) -
 
 
 def across_layers(layers: Mapping[int, Layer], share: float, score: Score) -> dict[int, int]:
-    """Spread a share so that the largest scores of all layers together stay, each layer's minimum first."""
+    """Spread a share: keep the largest scores of all layers together, each layer's minimum first."""
     counts = {number: layer.minimum for number, layer in layers.items()}
     total = round(share * sum(layer.experts for layer in layers.values()))
     ordered = {number: np.sort(score(layer))[::-1] for number, layer in layers.items()}

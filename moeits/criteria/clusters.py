@@ -1,4 +1,4 @@
-"""Criteria that group similar experts: one of each group stays (STUN), or their average (HC-SMoE, M-SMoE)."""
+"""Criteria that group similar experts: they keep one of each (STUN) or its average (HC-SMoE, M-SMoE)."""
 
 import numpy as np
 from scipy.cluster.hierarchy import cut_tree, linkage

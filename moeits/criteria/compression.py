@@ -51,7 +51,7 @@ def moe_pruner(layer: Layer, n_keep: int) -> Change:
 
 
 def stun_sparse(layer: Layer, n_keep: int) -> Change:
-    """Remove half of what must go as whole experts, the rest as single weights of the experts that stay.
+    """Remove half of the budget as experts, the rest as single weights of the kept experts.
 
     References
     ----------
@@ -61,7 +61,7 @@ def stun_sparse(layer: Layer, n_keep: int) -> Change:
 
 
 def _thinned(layer: Layer, kept: tuple[int, ...], n_keep: int) -> Change:
-    """Thin the experts that stay to the bytes of `n_keep` of them."""
+    """Thin the kept experts to the bytes of `n_keep` of them."""
     block, sizes, ids = layer.weights, _by_expert(layer), list(kept)
     if len(ids) == n_keep:
         return Change(block, kept, n_keep / layer.experts)
@@ -83,14 +83,9 @@ def quantise(weights: np.ndarray, bits: int) -> np.ndarray:
 def allocate_bits(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
     """Choose a number of bits for every expert: the largest saving of error for its cost first.
 
-    `errors` (E, C) are the weighted errors of the experts at C numbers of bits, `costs` (C,) the bits that
-    an expert then takes, ascending, and `budget` the bits of all. Returns the place in `costs` of each
-    expert.
-
-    Raises
-    ------
-    BudgetError
-        If the fewest bits are above the budget.
+    `errors` (E, C) are the weighted errors of the experts at C numbers of bits, `costs` (C,) the bits that an
+    expert then takes, ascending, and `budget` the bits of all. Returns the index into `costs` of each expert;
+    a BudgetError where the fewest bits are above the budget.
     """
     experts, choices = errors.shape
     chosen = np.zeros(experts, dtype=int)
@@ -113,11 +108,6 @@ def allocate_bits(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
 
 def mc_moe(layer: Layer, n_keep: int) -> Change:
     """Give important experts more bits, within the bytes of `n_keep` experts in 16 bits.
-
-    Raises
-    ------
-    MoeitsError
-        If one bit per weight, with the scales of the rows, is more than that.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Drop experts, and give their neurons to those that stay (DERN)."""
+"""Drop experts, and give their neurons to the kept ones (DERN)."""
 
 import numpy as np
 
@@ -20,16 +20,16 @@ def recombine(
     """
     experts, count, width = neurons.shape
     dropped = [expert for expert in range(experts) if expert not in kept]
-    stay = neurons[list(kept)].reshape(-1, width)
-    go = neurons[dropped].reshape(-1, width)
-    cosine = _unit(go) @ _unit(stay).T
-    sums = stay * np.repeat(importance[list(kept)], count)[:, None]
+    held = neurons[list(kept)].reshape(-1, width)
+    lost = neurons[dropped].reshape(-1, width)
+    cosine = _unit(lost) @ _unit(held).T
+    sums = held * np.repeat(importance[list(kept)], count)[:, None]
     totals = np.repeat(importance[list(kept)], count).astype(np.float64)
-    if len(go):
+    if len(lost):
         nearest = cosine.argmax(axis=1)
         joins = np.flatnonzero(cosine.max(axis=1) >= similar)
         weight = np.repeat(importance[dropped], count)[joins]
-        np.add.at(sums, nearest[joins], weight[:, None] * go[joins])
+        np.add.at(sums, nearest[joins], weight[:, None] * lost[joins])
         np.add.at(totals, nearest[joins], weight)
     out = neurons.copy()
     out[list(kept)] = (sums / totals[:, None]).reshape(len(kept), count, width)

@@ -360,7 +360,7 @@ def _check_model(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.TextIOBase]:
-    """Keep lm-eval's log and progress bars off the terminal; yields the stream they would have gone to."""
+    """Keep lm-eval's log and progress bars off the terminal; yields the stream that they would go to."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     stderr = sys.stderr

@@ -211,7 +211,7 @@ def with_mean(
 
 
 def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Tabulate rows; what does not apply stays None, as JSON has it."""
+    """Tabulate rows; what does not apply is None, as JSON has it."""
     return pd.DataFrame(
         {
             name: pd.Series(values, dtype=object if None in values else None)

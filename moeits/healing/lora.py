@@ -334,7 +334,7 @@ class Healed:
 
 
 class HealingError(MoeitsError):
-    """Training cannot go on; what was reached is kept."""
+    """Training cannot continue; what was reached is kept."""
 
 
 def train_model(
@@ -376,7 +376,7 @@ def train_model(
         If there is no text, the sequences are longer than the model takes, `work` belongs to another run, or
         the processes cannot share the work.
     HealingError
-        If the loss is not finite; the last good checkpoint stays in `work`.
+        If the loss is not finite; the last good checkpoint is left in `work`.
     """
     rows = examples(tokenizer, recipe) if data is None else data
     _check_data(model, rows, recipe)
@@ -388,7 +388,7 @@ def train_model(
     together = _together()
     processes = together.num_processes if together else 1
     if shard and together is None:
-        raise MoeitsError("one process has nobody to share the experts with: start it by accelerate launch")
+        raise MoeitsError("one process has no other to share the experts with: start it by accelerate launch")
     if recipe.accumulation % processes:
         raise MoeitsError(
             f"accumulation is {recipe.accumulation}, which {processes} processes cannot share: "

@@ -42,32 +42,32 @@ def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, to
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise MoeitsError(f"device {device!r} is none that torch knows: take auto, cpu or cuda") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise MoeitsError(f"device {device!r}: this machine has no CUDA device; use device auto or cpu")
-    if place.type == "cuda" and place.index is None and (rank := os.environ.get("LOCAL_RANK")):
-        place = torch.device("cuda", int(rank))
+    if chosen.type == "cuda" and chosen.index is None and (rank := os.environ.get("LOCAL_RANK")):
+        chosen = torch.device("cuda", int(rank))
     if dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise MoeitsError(f"dtype {dtype!r} is none that torch knows: take bfloat16, float16 or float32")
-        return place, getattr(torch, dtype), f"{dtype} was asked for"
-    if place.type == "cuda":
+        return chosen, getattr(torch, dtype), f"{dtype} was asked for"
+    if chosen.type == "cuda":
         fast, what = (
             torch.cuda.is_bf16_supported(including_emulation=False),
-            torch.cuda.get_device_name(place),
+            torch.cuda.get_device_name(chosen),
         )
-    elif place.type == "cpu":
+    elif chosen.type == "cpu":
         has = torch.cpu.get_capabilities()
         fast, what = (
             any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")),
             "this processor",
         )
     else:
-        fast, what = False, place.type
-    chosen = torch.bfloat16 if fast else torch.float32
-    return place, chosen, f"{what} {'multiplies' if fast else 'does not multiply'} bfloat16 in hardware"
+        fast, what = False, chosen.type
+    number = torch.bfloat16 if fast else torch.float32
+    return chosen, number, f"{what} {'multiplies' if fast else 'does not multiply'} bfloat16 in hardware"
 
 
 def flops(device: "torch.device", dtype: "torch.dtype") -> float:

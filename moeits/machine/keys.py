@@ -422,6 +422,6 @@ class _Walk:
             module = f"{module}.{steps.pop(0)}"
         if steps:
             self.define(module, steps[0])
-        else:  # the module itself goes somewhere
+        else:  # the module itself is passed on
             for known in self.at(module).definitions:
                 self.define(module, known)

@@ -26,7 +26,7 @@ DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 BOOK = ROOT / "book"
 
-_ABANDONED = 24 * 3600  # seconds without a change after which nobody writes a part any more
+_ABANDONED = 24 * 3600  # seconds without a change after which a part is abandoned
 
 
 def package_folder(name: str) -> Path:
@@ -57,7 +57,7 @@ def package_folder(name: str) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a folder can be made, or written to, before work whose result goes there.
+    """Check that a folder can be made, or written to, before work whose result is written there.
 
     Nothing is made: of a folder that is missing, the nearest parent is tried.
 
@@ -88,7 +88,7 @@ def _last_change(folder: Path) -> float:
     """Time of the last change in a folder, by the clock of its disk."""
     times = [folder.stat().st_mtime]
     for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # its writer goes on
+        with suppress(FileNotFoundError):  # its writer continues
             times.append(path.lstat().st_mtime)
     return max(times)
 
@@ -107,8 +107,8 @@ def whole(target: Path, *, once: bool = False) -> Iterator[Path]:
     target : Path
         Final path. A file is replaced; a folder must not exist yet.
     once : bool, default=False
-        Whether all who write this target write the same: the first that is complete stays, and those of the
-        others are dropped.
+        Whether all who write this target write the same: the first that is complete is kept, and those of
+        the others are dropped.
 
     Yields
     ------

@@ -128,7 +128,7 @@ _SPEEDS = ("s", "bytes", "tokens/s", "token/s")
 
 
 def summary(folder: Path, profile: Profile) -> pd.DataFrame:
-    """Summarise the scores of a run: whole, pruned, random and healed models.
+    """Summarise the scores of a run: unpruned, pruned, random and healed models.
 
     Parameters
     ----------
@@ -239,7 +239,7 @@ def update_readme(readme: Path = ROOT / "README.md", reference: Path = REFERENCE
 
 
 _STATES = {
-    "whole": "whole",
+    "whole": "unpruned",
     "moeits": "pruned, tau {tau:g}",
     "random": "as many experts at random, mean of {draws}",
     "refit": "pruned and refitted",

@@ -422,7 +422,7 @@ def test_two_processes_share_a_step(tmp_path):
 
 
 def test_experts_are_shared_by_several_processes(tmp_path):
-    with pytest.raises(ValueError, match="one process has nobody to share the experts with"):
+    with pytest.raises(ValueError, match="one process has no other to share the experts with"):
         train_model(pruned(), tiny_tokenizer(), RECIPE, tmp_path / "work", data=DATA, shard=True)
 
 

@@ -41,7 +41,7 @@ def measured(tmp_path):
 def test_the_table_has_what_was_measured_at_the_models_own_tau(measured):
     lines = reference.results_table(measured).splitlines()
     assert lines[2:] == [
-        "| smol-qwen | whole | 100.0% | 24.9 ± 2.0 |  | 0.400 ± 0.050 | 80 |",
+        "| smol-qwen | unpruned | 100.0% | 24.9 ± 2.0 |  | 0.400 ± 0.050 | 80 |",
         "|  | pruned, tau 1.25 | 40.6% | 30.5 ± 2.0 |  | 0.400 ± 0.050 | 80 |",
         "|  | as many experts at random, mean of 3 | 40.6% | 31.0 ± 2.1 |  | 0.400 ± 0.050 | 80 |",
     ]
