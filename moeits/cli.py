@@ -427,11 +427,12 @@ def heal(
     """
     from moeits.healing.lora import estimate
     from moeits.healing.lora import heal as run
-    from moeits.healing.recipe import recipe
+    from moeits.healing.recipe import Recipe
 
     given = adapters | {"data": text and str(text.resolve())}
     given = {name: value for name, value in given.items() if value is not None}
-    training = None if no_lora else recipe(**given | options.values("--set", settings))
+    given |= options.values("--set", settings)
+    training = None if no_lora else Recipe.make("recipe of healing", given)
     chosen, number = options.choose_device(device, dtype)
     with options.new_folder(output, overwrite, *filter(None, (model, refit_to))) as target:
         if training is not None:

@@ -90,31 +90,19 @@ def tree_logits(
     bias = torch.zeros((size, size), dtype=model.dtype)
     bias = bias.masked_fill_(~torch.from_numpy(mask), torch.finfo(model.dtype).min).to(model.device)
     trunk = int(min(parents[branches].min() + 1, wanted[0]))  # what comes before the first fork
-    if trunk < long_trunk:
-        return (
-            model(
-                input_ids=ids,
-                attention_mask=bias[None, None],
-                position_ids=depth,
-                use_cache=False,
-                logits_to_keep=keep,
-            )
-            .logits[0]
-            .float()
-        )
-    cache = model(input_ids=ids[:, :trunk], use_cache=True, logits_to_keep=1).past_key_values
-    return (
-        model(
-            input_ids=ids[:, trunk:],
-            attention_mask=bias[None, None, trunk:],
-            position_ids=depth[:, trunk:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep - trunk,
-        )
-        .logits[0]
-        .float()
+    cache = None
+    if trunk >= long_trunk:
+        cache = model(input_ids=ids[:, :trunk], use_cache=True, logits_to_keep=1).past_key_values
+    first = trunk if cache else 0
+    output = model(
+        input_ids=ids[:, first:],
+        attention_mask=bias[None, None, first:],
+        position_ids=depth[:, first:],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=keep - first,
     )
+    return output.logits[0].float()
 
 
 class SharedPrefixLM(HFLM):

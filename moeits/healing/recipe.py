@@ -1,11 +1,10 @@
 """Settings of the healing."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from moeits.errors import MoeitsError
-from moeits.settings import Strict, problems
+from moeits.settings import Strict
 
 
 class Recipe(Strict):
@@ -55,17 +54,3 @@ class Recipe(Strict):
     gradient_checkpointing: bool = False
     save_every: int = Field(default=50, ge=1)
     seed: int = 0
-
-
-def recipe(**settings: Any) -> Recipe:
-    """Make a recipe of healing.
-
-    Raises
-    ------
-    MoeitsError
-        Unknown setting or a value out of range; the message names what is known.
-    """
-    try:
-        return Recipe(**settings)
-    except ValidationError as error:
-        raise MoeitsError(f"recipe of healing: {problems(error, Recipe)}") from error

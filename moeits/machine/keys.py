@@ -226,13 +226,6 @@ class _Module:
             decorators = map(_root, getattr(node, "decorator_list", ()))
             if not known.isdisjoint(decorators) and not _is_by_value(node):
                 self.effects.append(node)
-        self._facts: dict[int, _Facts] = {}
-
-    def facts(self, node: ast.stmt) -> _Facts:
-        """Look at a definition, at a class without its methods."""
-        if id(node) not in self._facts:
-            self._facts[id(node)] = _look(node)
-        return self._facts[id(node)]
 
 
 _module = cache(_Module)
@@ -284,7 +277,9 @@ def _methods(node: ast.ClassDef) -> list[ast.stmt]:
     return [part for part in node.body if isinstance(part, _Function)]
 
 
+@cache
 def _look(node: ast.stmt) -> _Facts:
+    """Look at a definition, at a class without its methods."""
     if isinstance(node, ast.ClassDef):
         node = copy.copy(node)
         node.body = [part for part in node.body if not isinstance(part, _Function)] or [ast.Pass()]
@@ -399,7 +394,7 @@ class _Walk:
                         self._reach(f"{key}.{part.name}", module, part)
 
     def _reach(self, key: str, module: _Module, node: ast.stmt) -> None:
-        facts = module.facts(node)
+        facts = _look(node)
         if facts.text in self.found.get(key, ""):
             return
         self.found[key] = self.found.get(key, "") + facts.text

@@ -21,30 +21,21 @@ def unordered(tasks: Iterable[Any], backend: str | None = None, **options: Any) 
     **options
         For the backend, such as ``scheduler_host`` for Dask, or ``n_jobs``.
 
-    Yields
-    ------
-    object
-        What a task returns.
-
     Raises
     ------
     MoeitsError
         If the backend is Ray, and Ray is not installed.
     """
-    if backend == "ray":
-        _register_ray()
+    if backend == "ray":  # which joblib does not know by itself
+        try:
+            from ray.util.joblib import register_ray
+        except ModuleNotFoundError as error:
+            raise MoeitsError(
+                "the backend ray needs Ray on every machine, which is no part of this environment "
+                f"({error}): install it beside the package (uv pip install ray), or take --backend loky or "
+                "dask"
+            ) from error
+        register_ray()
     kind = "list" if backend == "ray" else "generator_unordered"  # Ray's backend has no generators
     with joblib.parallel_config(backend or "sequential", **{"n_jobs": -1} | options):
         yield from joblib.Parallel(return_as=kind)(tasks)
-
-
-def _register_ray() -> None:
-    """Tell joblib of Ray, which it does not know by itself."""
-    try:
-        from ray.util.joblib import register_ray
-    except ModuleNotFoundError as error:
-        raise MoeitsError(
-            f"the backend ray needs Ray on every machine, which is no part of this environment ({error}): "
-            "install it beside the package (uv pip install ray), or take --backend loky or dask"
-        ) from error
-    register_ray()

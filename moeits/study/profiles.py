@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine.paths import DATA
-from moeits.settings import Strict, problems
+from moeits.settings import Strict
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -238,8 +238,5 @@ def load(name: str, *, folder: Path = DATA / "profiles", **overrides: Any) -> Pr
     """
     settings = _settings(name, folder)
     settings |= {key: value for key, value in overrides.items() if value is not None}
-    try:
-        return Profile(name=name, **settings)
-    except ValidationError as error:
-        parts = {"models": ModelSettings, "healing": Recipe}
-        raise MoeitsError(f"profile {name!r}: {problems(error, Profile, parts)}") from error
+    parts = {"models": ModelSettings, "healing": Recipe}
+    return Profile.make(f"profile {name!r}", {"name": name, **settings}, parts)
