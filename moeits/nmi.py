@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -34,52 +33,34 @@ NULL_DRAWS = 4  # shuffles behind the mean that the correction "null" subtracts
 _NEURON_AXIS = {"gate": 0, "up": 0, "down": 1}
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A way to measure redundancy.
-
-    Attributes
-    ----------
-    bins : str or int
-        For :func:`nmi_matrix`.
-    diagonal : str
-        For :func:`moeits.selection.select_experts`.
-    weights : mapping of str to mapping, or None
-        Weight of each projection, by model family; None is the plain mean, whatever the family.
-    """
-
-    bins: str | int
-    diagonal: str
-    weights: Mapping[str, Mapping[str, float]] | None
-
-    def projection_weights(self, family: str) -> dict[str, float] | None:
-        """Weights of the projections of a family (``model_type`` of its config), for :func:`nmi_matrix`.
-
-        Raises
-        ------
-        MoeitsError
-            If the preset has no weights for the family.
-        """
-        if self.weights is None:
-            return None
-        if family not in self.weights:
-            raise MoeitsError(
-                f"the authors' code has projection weights for {', '.join(self.weights)}, not for {family}: "
-                'use the preset "paper" (plain mean), or give the weights yourself'
-            )
-        return dict(self.weights[family])
-
-
 _FINE_GRAINED = {"gate": 0.2, "up": 0.4, "down": 0.4}
-PRESETS = {
-    "official": Preset(
-        "auto",
-        "zero",
-        {"mixtral": {"gate": 1 / 3, "up": 1 / 3, "down": 1 / 3}}
-        | dict.fromkeys(("qwen2_moe", "deepseek_v2"), _FINE_GRAINED),
-    ),
-    "paper": Preset("auto", "zero", None),
-}
+OFFICIAL_WEIGHTS: Mapping[str, Mapping[str, float]] = {
+    "mixtral": {"gate": 1 / 3, "up": 1 / 3, "down": 1 / 3}
+} | dict.fromkeys(("qwen2_moe", "deepseek_v2"), _FINE_GRAINED)
+"""Weights of the projections in the authors' code, by model family."""
+PRESETS = ("paper", "official")
+
+
+def preset_weights(preset: str, family: str) -> dict[str, float] | None:
+    """Weights of the projections of a family (``model_type`` of its config), for :func:`nmi_matrix`.
+
+    The preset "paper" is the plain mean, as in the paper's text; "official" has :data:`OFFICIAL_WEIGHTS`.
+
+    Raises
+    ------
+    MoeitsError
+        If there is no such preset, or it has no weights for the family.
+    """
+    if preset not in PRESETS:
+        raise MoeitsError(f"no preset {preset!r}: there are {', '.join(PRESETS)}")
+    if preset == "paper":
+        return None
+    if family not in OFFICIAL_WEIGHTS:
+        raise MoeitsError(
+            f"the authors' code has projection weights for {', '.join(OFFICIAL_WEIGHTS)}, not for {family}: "
+            'use the preset "paper" (plain mean), or give the weights yourself'
+        )
+    return dict(OFFICIAL_WEIGHTS[family])
 
 
 def nmi(x: object, y: object, *, bins: str | int = "auto") -> float:

@@ -40,7 +40,7 @@ def simplify(
     criterion : str, default="moeits"
         What selects: the NMI, or another key of :data:`moeits.criteria.CRITERIA`, which takes no tau.
     preset : {"paper", "official"}, default="paper"
-        See :data:`moeits.nmi.PRESETS`.
+        See :func:`moeits.nmi.preset_weights`.
     at_least : int, optional
         Fewest experts per layer, where the family's minimum is not higher.
     at_least_top_k : bool, default=False
@@ -79,7 +79,7 @@ def simplify(
     from moeits.models.folder import load_model
     from moeits.models.hub import name_of
     from moeits.models.surgery import prune_model
-    from moeits.nmi import PRESETS, nmi_matrix
+    from moeits.nmi import PRESETS, nmi_matrix, preset_weights
     from moeits.selection import choose
 
     if preset not in PRESETS:
@@ -94,19 +94,15 @@ def simplify(
             raise MoeitsError(f"{criterion!r} takes n_keep or share; tau and at_least belong to {MOEITS!r}")
         kept = select_by(criterion, model, text=text, n_keep=n_keep, share=share)
         return Simplified(prune_model(model, kept), kept)
-    settings = PRESETS[preset]
-    weights = settings.projection_weights(model.config.model_type)
+    weights = preset_weights(preset, model.config.model_type)
     # Line 2: the NMI of the experts (equations 4 to 11).
     matrices = {
-        layer.layer: nmi_matrix(
-            expert_block(layer), bins=settings.bins, projection_weights=weights, n_jobs=n_jobs
-        )
+        layer.layer: nmi_matrix(expert_block(layer), projection_weights=weights, n_jobs=n_jobs)
         for layer in tqdm(layers, "NMI", unit="layer", disable=not progress)
     }
     made_by = {
         "model": name_of(model.name_or_path),
         "preset": preset,
-        "diagonal": settings.diagonal,
         "minimum": max(layer.least_for_top_k if at_least_top_k else layer.minimum for layer in layers),
         "groups": max(layer.groups for layer in layers),
     }

@@ -134,7 +134,7 @@ class Statistics:
 
 @dataclass
 class Memory:
-    """What the budgets of a method, and methods that build on the same, share of a layer.
+    """Results for a layer that several budgets and methods share.
 
     Attributes
     ----------
@@ -143,7 +143,7 @@ class Memory:
     asked : set
         Keys that were asked for.
     spared : float
-        Seconds that would have been needed had nothing been known at first.
+        Seconds saved by what was known at first.
     """
 
     known: dict[Hashable, tuple[object, float]] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class Memory:
     spared: float = 0.0
 
     def once(self, key: Hashable, compute: Callable[[], object]) -> object:
-        """Find something, or compute it."""
+        """Look up a result, or compute it."""
         if key not in self.known:
             start = time.perf_counter()
             found = compute()
@@ -183,10 +183,10 @@ class Layer:
     loss : callable, optional
         Kept experts -> the model's loss on calibration text, in nats per token, when this layer has only
         them and every other layer is unpruned.
-    seed : int
-        Of random choices.
+    seed : int, default=0
+        Seed of random choices.
     memory : Memory
-        What :meth:`once` has computed. Of the weights and statistics alone, never of the seed.
+        What :meth:`once` has computed, from weights and statistics alone, never from the seed.
     """
 
     number: int
@@ -238,7 +238,7 @@ class Layer:
         return np.concatenate([*rows, weights["down"].transpose(0, 2, 1)], axis=2)
 
     def once(self, key: Hashable, compute: Callable[["Layer"], object]) -> object:
-        """Compute something that several budgets share, and remember it."""
+        """Compute something once for all budgets that need it."""
         return self.memory.once(key, partial(compute, self))
 
 

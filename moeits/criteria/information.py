@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moeits.criteria.base import Layer, Score
-from moeits.nmi import PRESETS, nmi_matrix
+from moeits.nmi import OFFICIAL_WEIGHTS, nmi_matrix, preset_weights
 from moeits.selection import select_experts, select_share
 
 
@@ -19,21 +19,14 @@ def redundancy(
     layer : Layer
         Its weights are read, not its statistics.
     preset : {"paper", "official"}
-        See :data:`moeits.nmi.PRESETS`; a family without official weights takes the plain mean.
+        See :func:`moeits.nmi.preset_weights`; a family without official weights takes the plain mean.
     correction, align
         As in :func:`moeits.nmi.nmi_matrix`.
     """
-    known = PRESETS[preset].weights
-    chosen = PRESETS[preset if known is None or layer.family in known else "paper"]
+    weights = preset_weights(preset if layer.family in OFFICIAL_WEIGHTS else "paper", layer.family)
 
     def measure(layer: Layer) -> np.ndarray:
-        return nmi_matrix(
-            layer.block,
-            bins=chosen.bins,
-            projection_weights=chosen.projection_weights(layer.family),
-            correction=correction,
-            align=align,
-        )
+        return nmi_matrix(layer.block, projection_weights=weights, correction=correction, align=align)
 
     return layer.once(("nmi", preset, correction, align), measure)
 

@@ -51,7 +51,7 @@ from moeits.models.hub import find, name_of
 from moeits.models.quantised import SCALES, Dequantised, Format, read_tensor, renumbered, split_name
 from moeits.models.safetensors import INDEX, StoredTensor, fingerprint, stored_tensors
 from moeits.models.surgery import complete, compose, pruned_settings, warn_of_top_k
-from moeits.nmi import PRESETS, nmi_matrix
+from moeits.nmi import nmi_matrix, preset_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -353,9 +353,9 @@ def measure_nmi(
     folder : str or Path
         Folder of a checkpoint, or a model of the hub (:func:`moeits.models.hub.find`).
     preset : {"paper", "official"}
-        See :data:`moeits.nmi.PRESETS`.
+        See :func:`moeits.nmi.preset_weights`.
     bins : "auto" or int, optional
-        Number of bins, instead of the preset's.
+        Number of bins; "auto" by default.
     layers : collection of int, optional
         Decoder layers; all by default.
     n_jobs : int, optional
@@ -421,13 +421,10 @@ def measure_blocks(
     preset, bins, n_jobs, backend, progress, **backend_options
         As in :func:`measure_nmi`.
     """
-    if preset not in PRESETS:
-        raise MoeitsError(f"preset is {preset!r}: choose one of {', '.join(PRESETS)}")
-    chosen = PRESETS[preset]
     settings = {
         "fingerprint": about["fingerprint"],
-        "bins": chosen.bins if bins is None else bins,
-        "projection_weights": chosen.projection_weights(about["family"]),
+        "bins": "auto" if bins is None else bins,
+        "projection_weights": preset_weights(preset, about["family"]),
         "code": code_digest(reader, _layer_nmi),
         "versions": versions(),
     }
@@ -448,7 +445,7 @@ def measure_blocks(
         "model": about["model"],
         "family": about["family"],
         "preset": preset,
-        "diagonal": chosen.diagonal,
+        "diagonal": "zero",
         "minimum": max(block.minimum for block in blocks.values()),
         "groups": max(block.groups for block in blocks.values()),
     }

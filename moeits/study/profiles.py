@@ -90,7 +90,7 @@ class Profile(Strict):
     carving_layers : int, optional
         First decoder layers of the dense model that they are carved from; all by default.
     preset : {"paper", "official"}
-        Weights of the projections and diagonal, see :data:`moeits.nmi.PRESETS`.
+        Weights of the projections, see :func:`moeits.nmi.preset_weights`.
     tau_grid : list of float
         The taus at which every model is measured (Figure 2).
     tasks : list of str

@@ -17,12 +17,12 @@ import moeits.selection
 from moeits.book import plain
 from moeits.histograms import Codes, auto_bins, discretise, joint_entropy
 from moeits.nmi import (
-    PRESETS,
     match_neurons,
     nmi,
     nmi_matrix,
     nmi_zscores,
     null_nmi,
+    preset_weights,
     projection_nmi,
     read_matrices,
     write_matrices,
@@ -203,7 +203,7 @@ def test_matrix_is_the_weighted_mean_of_the_projections():
     assert (R == R.T).all()
     assert (np.diagonal(R) == 0).all()
     assert R[1, 2] == pytest.approx(np.mean([nmi(W[1], W[2]) for W in block.values()]))
-    official = PRESETS["official"].projection_weights("qwen2_moe")
+    official = preset_weights("official", "qwen2_moe")
     weighted = nmi_matrix(block, projection_weights=official)
     np.testing.assert_allclose(weighted, 0.2 * gate + 0.4 * up + 0.4 * down, atol=1e-15)
     times_ten = {projection: 10 * weight for projection, weight in official.items()}
@@ -211,14 +211,14 @@ def test_matrix_is_the_weighted_mean_of_the_projections():
 
 
 def test_presets():
-    assert PRESETS["paper"].projection_weights("anything") is None
-    assert {preset.diagonal for preset in PRESETS.values()} == {"zero"}
-    assert {preset.bins for preset in PRESETS.values()} == {"auto"}
-    thirds = PRESETS["official"].projection_weights("mixtral")
+    assert preset_weights("paper", "anything") is None
+    thirds = preset_weights("official", "mixtral")
     assert set(thirds.values()) == {1 / 3}
-    assert PRESETS["official"].projection_weights("deepseek_v2") == {"gate": 0.2, "up": 0.4, "down": 0.4}
+    assert preset_weights("official", "deepseek_v2") == {"gate": 0.2, "up": 0.4, "down": 0.4}
     with pytest.raises(ValueError, match=r"mixtral, qwen2_moe, deepseek_v2, not for olmoe"):
-        PRESETS["official"].projection_weights("olmoe")
+        preset_weights("official", "olmoe")
+    with pytest.raises(ValueError, match="no preset 'authors': there are paper, official"):
+        preset_weights("authors", "mixtral")
 
 
 def test_the_number_of_threads_changes_no_bit():
