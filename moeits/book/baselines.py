@@ -13,14 +13,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moeits import criteria
 from moeits.book.figures import COLOURS, MARKERS
 from moeits.evaluation import statistics
 from moeits.study import comparison, profiles, tables
+from moeits.study.methods import METHODS
 from moeits.study.records import Record
 from moeits.study.reference import with_error
 
-TITLES = {name: entry.title for name, entry in criteria.CRITERIA.items()}
+TITLES = {name: entry.title for name, entry in METHODS.items()}
 UNPRUNED = "Unpruned model"
 NAMED = ("moeits", "reap", "lu", "moeits-uniform", "mc-moe", "random-token-norm")
 """Methods with a colour of their own in the figures; the others are grey."""

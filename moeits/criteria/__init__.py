@@ -1,7 +1,7 @@
 """What other methods would keep: each behind one interface, from a layer's weights and statistics.
 
-A criterion chooses the experts of a layer to keep, or changes the weights of the layer, and says how a
-share of all experts is spread over the layers. Statistics come from :mod:`moeits.criteria.statistics`.
+A criterion chooses the experts of a layer to keep, and says how a share of all experts is spread over the
+layers. Statistics come from :mod:`moeits.criteria.statistics`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from moeits.criteria import (
-    clusters,
-    compression,
-    controls,
-    information,
-    recombination,
-    reconstruction,
-    router,
-)
-from moeits.criteria.base import Change, Layer, Score, Spread, across_layers, best, equal_groups, uniform
+from moeits.criteria import clusters, controls, information, reconstruction, router
+from moeits.criteria.base import Layer, Score, Spread, across_layers, best, equal_groups, uniform
 from moeits.errors import BudgetError, MoeitsError
 from moeits.machine.keys import by_value
 from moeits.selection import check_budget, equal_count
@@ -41,8 +33,6 @@ class Criterion:
         Layer -> importance of its experts (E,); those with the largest are kept.
     choose : callable, optional
         Layer, number -> experts to keep.
-    change : callable, optional
-        Layer, number -> new weights, in about the bytes of that number of experts.
     spread : callable, default=uniform
         Layers, share, score -> number of experts to keep in each layer.
     """
@@ -52,18 +42,17 @@ class Criterion:
     needs_loss: bool = False
     score: Score | None = None
     choose: Callable[[Layer, int], Sequence[int]] | None = None
-    change: Callable[[Layer, int], Change] | None = None
     spread: Spread = uniform
 
     @property
     def parts(self) -> list[Callable]:
         """Functions that the choice is computed by."""
-        return [part for part in (self.score, self.choose, self.change, self.spread) if part is not None]
+        return [part for part in (self.score, self.choose, self.spread) if part is not None]
 
     @property
     def functions(self) -> list[object]:
         """Text, names and options of what computes the choice, as JSON can write them; the spread last."""
-        return [_named(part) for part in (self.text, self.score, self.choose, self.change, self.spread)]
+        return [self.text, *map(_named, self.parts)]
 
     def counts(
         self,
@@ -115,30 +104,15 @@ class Criterion:
         Raises
         ------
         MoeitsError
-            If the number is out of range, statistics are missing, or the method chooses no experts.
+            If the number is out of range, or statistics are missing.
         """
-        _check_number(layer, n_keep, layer.groups)
+        check_number(layer, n_keep, layer.groups)
         if self.choose is not None:
             return tuple(self.choose(layer, n_keep))
-        if self.score is None:
-            raise MoeitsError(f"{self.title} changes weights instead of choosing experts")
         scores = np.asarray(self.score(layer))
         if not np.isfinite(scores).all():
             raise MoeitsError(f"layer {layer.number}: {self.title} gives scores that are not finite")
         return best(scores, n_keep, layer.groups)
-
-    def apply(self, layer: Layer, n_keep: int) -> Change:
-        """Compute new weights of a layer, in about the bytes of `n_keep` experts.
-
-        Raises
-        ------
-        MoeitsError
-            If the number is out of range, statistics are missing, or the method changes no weights.
-        """
-        _check_number(layer, n_keep)
-        if self.change is None:
-            raise MoeitsError(f"{self.title} changes no weights")
-        return self.change(layer, n_keep)
 
 
 def _named(part: object) -> object:
@@ -147,7 +121,8 @@ def _named(part: object) -> object:
     return f"{part.__module__}.{part.__qualname__}" if callable(part) else part
 
 
-def _check_number(layer: Layer, n_keep: int, groups: int = 1) -> None:
+def check_number(layer: Layer, n_keep: int, groups: int = 1) -> None:
+    """Raise a BudgetError unless a layer can keep a number of experts."""
     if n_keep % groups:
         raise BudgetError(
             f"layer {layer.number}: cannot keep {n_keep} experts: the router selects among {groups} groups, "
@@ -206,14 +181,7 @@ CRITERIA: dict[str, Criterion] = {
     "moe-i2": Criterion(
         "MoE-I², experts", choose=reconstruction.lu, spread=reconstruction.by_layer_importance
     ),
-    "moe-i2-low-rank": Criterion("MoE-I², low rank", text=None, change=compression.low_rank),
     "stun": Criterion("STUN, experts", choose=clusters.stun),
-    "stun-sparse": Criterion("STUN, both stages", change=compression.stun_sparse),
-    "dern": Criterion("DERN", change=recombination.dern),
-    "hc-smoe": Criterion("HC-SMoE", change=clusters.hc_smoe),
-    "m-smoe": Criterion("M-SMoE", change=clusters.m_smoe),
-    "moe-pruner": Criterion("MoE-Pruner", change=compression.moe_pruner),
-    "mc-moe": Criterion("MC-MoE", change=compression.mc_moe),
     **_MOEITS,
     **{
         f"{name}-uniform": replace(entry, title=f"{entry.title}, uniform", spread=uniform)

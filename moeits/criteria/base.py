@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, combinations, product
-from typing import NamedTuple
 
 import numpy as np
 
@@ -240,24 +239,6 @@ class Layer:
     def once(self, key: Hashable, compute: Callable[["Layer"], object]) -> object:
         """Compute something once for all budgets that need it."""
         return self.memory.once(key, partial(compute, self))
-
-
-class Change(NamedTuple):
-    """New weights of a layer.
-
-    Attributes
-    ----------
-    block : dict of str to ndarray
-        As :attr:`Layer.weights`, for all E experts.
-    kept : tuple of int
-        Kept experts; all of them where the method removes none.
-    stored : float
-        Bytes that the routed experts then take, as a share of all their weights in 16 bits.
-    """
-
-    block: dict[str, np.ndarray]
-    kept: tuple[int, ...]
-    stored: float
 
 
 Score = Callable[[Layer], np.ndarray]

@@ -58,7 +58,7 @@ def select_by(
     Raises
     ------
     MoeitsError
-        If the criterion is unknown or chooses no experts, or cannot meet the budget.
+        If the criterion is unknown or cannot meet the budget.
     """
     from moeits import corpus
     from moeits.criteria.statistics import gather, layers_of, random_tokens
@@ -68,8 +68,6 @@ def select_by(
     from moeits.models.safetensors import fingerprint
 
     criterion = criteria.criterion(name)
-    if criterion.score is None and criterion.choose is None:
-        raise MoeitsError(f"{criterion.title} chooses no experts: nothing to write into a kept.json")
     origin = {}
     if isinstance(model, str | Path):
         folder = find(model)

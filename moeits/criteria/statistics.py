@@ -99,13 +99,6 @@ def layers_of(
     }
 
 
-@torch.no_grad()
-def write_block(layer: MoELayer, block: Mapping[str, np.ndarray]) -> None:
-    """Replace the weights of a layer's experts by those of a :class:`moeits.criteria.base.Change`."""
-    for name, part in expert_block(layer).items():
-        part.copy_(torch.from_numpy(np.ascontiguousarray(block[name])))
-
-
 def fit_routing(
     logits: np.ndarray,
     gates: np.ndarray,

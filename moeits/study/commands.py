@@ -144,11 +144,12 @@ def rivals(
 
     Measurements are cached: run again to resume.
     """
-    from moeits import criteria, evaluation
+    from moeits import evaluation
     from moeits.study import comparison, pipeline, profiles, tables
+    from moeits.study.methods import METHODS
 
     settings = profiles.load(profile)
-    everything = list(criteria.CRITERIA)
+    everything = list(METHODS)
     models = models or tuple(settings.models)
     steps = list(
         comparison.steps(

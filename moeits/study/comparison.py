@@ -31,6 +31,8 @@ from moeits.study import cost, records
 from moeits.study.gathered import evenness, read_statistics, write_statistics
 from moeits.study.measurement import Measurement
 from moeits.study.measurement import found as found_of
+from moeits.study.methods import METHODS, method_named
+from moeits.study.methods.change import Changing, write_block
 from moeits.study.pipeline import Step, Study
 from moeits.study.profiles import HEALINGS, Profile
 from moeits.study.records import Record
@@ -104,7 +106,7 @@ class Comparison:
         """Every method that is measured in cells, a random one for each draw."""
         return [
             label
-            for name, criterion in criteria.CRITERIA.items()
+            for name, criterion in METHODS.items()
             if not criterion.needs_loss
             for label in (_draws(self.profile, DRAWS) if name == "random" else [name])
         ]
@@ -314,9 +316,9 @@ class Comparison:
         }
         on, code = {}, ()
         if method != WHOLE:
-            criterion = criteria.criterion(method.split()[0])
+            criterion = method_named(method.split()[0])
             on["criterion"] = criterion.functions
-            code = (criteria.Criterion.keep, criteria.Criterion.apply, *criterion.parts)
+            code = (criteria.Criterion.keep, Changing.apply, *criterion.parts)
             if text := _text(method):
                 statistics = self._statistics(text)
                 inputs["statistics"] = statistics.identity
@@ -435,7 +437,7 @@ class Comparison:
         if method == WHOLE:
             return _Choice()
         name, _, draw = method.partition(" ")
-        criterion = criteria.criterion(name)
+        criterion = method_named(name)
         text = _text(method)
         statistics = self.statistics(text) if text else None
         layers = {
@@ -451,7 +453,7 @@ class Comparison:
         start = time.perf_counter()
         counts = self.counts if budget == OWN else criterion.counts(layers, share=budget)
         blocks = {}
-        if criterion.change is None:
+        if not isinstance(criterion, Changing):
             kept = {number: criterion.keep(layer, counts[number]) for number, layer in layers.items()}
             stored = sum(map(len, kept.values())) / sum(layer.experts for layer in layers.values())
         else:
@@ -470,7 +472,6 @@ class Comparison:
 
     def _model(self, choice: "_Choice") -> "nn.Module":
         """Load the model that a choice leaves."""
-        from moeits.criteria.statistics import write_block
         from moeits.models.families import moe_layers
         from moeits.models.surgery import prune_model
 
@@ -639,14 +640,14 @@ def steps(
             )
         same: dict[str, str] = {}
         for method in chosen:
-            if criteria.criterion(method.split()[0]).needs_loss:
+            if method_named(method.split()[0]).needs_loss:
                 yield Step("rivals", f"{name}: {method}", lambda of=of: of().oracle(), name)
                 continue
             for budget in budgets:
                 if budget != FINAL and method in more:
                     continue
                 # With the numbers of experts given, what differs by their spread alone is one method.
-                functions = criteria.criterion(method.split()[0]).functions[:-1]
+                functions = method_named(method.split()[0]).functions[:-1]
                 first = same.setdefault(digest([functions, method.split()[1:]]), method)
                 if budget == OWN and first != method:
                     continue
@@ -748,7 +749,7 @@ def removes(cell: Record) -> bool:
 
 def _text(method: str) -> str | None:
     """Text that a method reads: calibration, random tokens, or none."""
-    return None if method == WHOLE else criteria.criterion(method.split()[0]).text
+    return None if method == WHOLE else method_named(method.split()[0]).text
 
 
 def _draws(profile: Profile, more: int = 0) -> list[str]:

@@ -241,7 +241,7 @@ def _sparse(weight: "torch.Tensor", share: float) -> "tuple[torch.nn.Module, flo
 
     import torch
 
-    from moeits.criteria.compression import BITS, sparse
+    from moeits.study.methods.compression import BITS, sparse
 
     class Rows(torch.nn.Module):
         def __init__(self, rows: torch.Tensor) -> None:

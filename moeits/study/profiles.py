@@ -110,7 +110,7 @@ class Profile(Strict):
     random_draws : int
         Random choices of as many experts as stay at a model's own tau, whose perplexity is the control.
     rivals : list of str
-        Methods that the book compares, by their names in :data:`moeits.criteria.CRITERIA`.
+        Methods that the book compares, by their names in :data:`moeits.study.methods.METHODS`.
     rival_models : list of str, optional
         Models that they are compared on; all by default.
     rival_budgets : list of float or "own"

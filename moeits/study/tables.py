@@ -13,12 +13,14 @@ import pandas as pd
 import yaml
 from scipy.special import stdtr
 
-from moeits import criteria, evaluation
+from moeits import evaluation
 from moeits.errors import MoeitsError
 from moeits.evaluation.statistics import ERRORS, verdict
 from moeits.machine.paths import DATA
 from moeits.study import comparison, records
 from moeits.study.comparison import FINAL, FORMATS, REFERENCE, Comparison, label, removes
+from moeits.study.methods import METHODS
+from moeits.study.methods.change import Changing
 from moeits.study.profiles import Profile
 from moeits.study.records import Record
 
@@ -112,17 +114,17 @@ def describe() -> pd.DataFrame:
     texts = yaml.safe_load((DATA / "paper" / "methods.yaml").read_text(encoding="utf-8"))
     variants = texts.pop("variants")
     lines = []
-    for name, entry in criteria.CRITERIA.items():
+    for name, entry in METHODS.items():
         base, _, ending = name.rpartition("-")
         told = texts.get(name)
         if told is None:
-            title = criteria.CRITERIA[base].title
+            title = METHODS[base].title
             told = texts[base] | {
                 key: text.replace("{title}", title) for key, text in variants[ending].items()
             }
-        kind = "changes weights" if entry.change else "keeps experts"
+        kind = "changes weights" if isinstance(entry, Changing) else "keeps experts"
         lines.append(_told(name, entry.title, entry.text == "calibration", kind, told))
-    quoted = [name for name in texts if name not in criteria.CRITERIA]
+    quoted = [name for name in texts if name not in METHODS]
     lines += [_told(name, texts[name]["title"], True, "quoted only", texts[name]) for name in quoted]
     return pd.DataFrame(lines)
 
@@ -285,7 +287,8 @@ def oracle_table(oracles: Iterable[Record], cells: Iterable[Record]) -> pd.DataF
             for cell in cells:
                 if cell.inputs["model"] == record.inputs["model"] and cell.inputs["budget"] == FINAL:
                     kept = tuple((cell.details.get("kept") or {}).get(number, ()))
-                    if removes(cell) and criteria.criterion(cell.inputs["method"].split()[0]).change is None:
+                    entry = METHODS.get(cell.inputs["method"].split()[0])
+                    if removes(cell) and not isinstance(entry, Changing):
                         chosen[cell.inputs["method"]] = kept
             for method, kept in chosen.items():
                 if kept in found:

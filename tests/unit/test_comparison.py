@@ -15,7 +15,7 @@ from tiny import tiny_model, tokens
 
 from moeits import criteria, evaluation
 from moeits.cli import main
-from moeits.criteria import controls, information, recombination, reconstruction
+from moeits.criteria import controls, information, reconstruction
 from moeits.criteria.folder import select_by
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
@@ -29,6 +29,7 @@ from moeits.models.folder import load_model
 from moeits.models.surgery import prune_model
 from moeits.study import comparison, pipeline, profiles, records, tables
 from moeits.study.comparison import Comparison
+from moeits.study.methods import METHODS, recombination
 from moeits.study.tables import (
     chance_jaccard,
     differences,
@@ -110,7 +111,7 @@ def test_a_method_that_changes_weights_is_measured_with_them(compared, folder):
     model = load_model(folder, dtype=torch.float32)
     statistics = gather(model, tokens(seed=1, batch=4, length=20).numpy())
     for number, layer in layers_of(model, statistics).items():
-        block = criteria.CRITERIA["dern"].apply(layer, 4)
+        block = METHODS["dern"].apply(layer, 4)
         moe = next(layer for layer in moe_layers(model) if layer.layer == number)
         with torch.no_grad():
             moe.experts.down_proj.copy_(torch.from_numpy(block.block["down"].copy()))
@@ -176,7 +177,7 @@ def test_the_own_budget_is_moeits_at_its_tau(compared):
 
 
 def test_what_is_impossible_is_recorded_with_its_reason(compared, monkeypatch):
-    monkeypatch.setattr("moeits.criteria.compression.CODES", (15,))
+    monkeypatch.setattr("moeits.study.methods.compression.CODES", (15,))
     cell = compared.cell("mc-moe", 0.5)
     assert cell.rows == []
     assert "below the" in cell.details["impossible"]
@@ -549,7 +550,7 @@ def test_a_folder_is_selected_from(folder, monkeypatch):
     assert kept.criterion == "frequency"
     assert kept.budget == {"n_keep": 3, "calibration_tokens": 80, "seed": 0}
     assert isinstance(kept, Kept)
-    with pytest.raises(ValueError, match="chooses no experts"):
+    with pytest.raises(ValueError, match="no criterion 'hc-smoe'"):
         select_by("hc-smoe", folder, n_keep=3)
 
 
@@ -557,13 +558,13 @@ def test_a_folder_is_selected_from(folder, monkeypatch):
 def test_the_profiles_name_methods_that_can_be_measured(name):
     profile = profiles.load(name)
     assert comparison.REFERENCE in profile.rivals
-    assert set(profile.rivals) <= set(criteria.CRITERIA)
+    assert set(profile.rivals) <= set(METHODS)
     assert set(profile.rival_models or []) <= set(profile.models)
 
 
 def test_the_smoke_profile_has_every_computation():
-    computed = {repr(entry.functions[:-1]) for entry in criteria.CRITERIA.values()}
-    covered = {repr(criteria.criterion(method).functions[:-1]) for method in profiles.load("smoke").rivals}
+    computed = {repr(entry.functions[:-1]) for entry in METHODS.values()}
+    covered = {repr(METHODS[method].functions[:-1]) for method in profiles.load("smoke").rivals}
     assert covered == computed
 
 
@@ -590,7 +591,7 @@ def test_select_refuses_what_belongs_to_nmi_matrices(folder):
 def test_every_method_is_described_so_that_a_table_can_hold_it():
     told = tables.describe().set_index("name")
     measured = told[told.kind != "quoted only"]
-    assert list(measured.index) == list(criteria.CRITERIA)
+    assert list(measured.index) == list(METHODS)
     assert (measured.equation != "").all()
     assert (told.definition != "").all()
     quoted = told.drop(index=measured.index)

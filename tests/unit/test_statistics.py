@@ -14,11 +14,11 @@ from moeits.criteria.statistics import (
     gather,
     layers_of,
     random_tokens,
-    write_block,
 )
 from moeits.models.families import expert_block, moe_layers
 from moeits.models.surgery import prune_model
 from moeits.study.gathered import read_statistics, write_statistics
+from moeits.study.methods.change import write_block
 
 FAMILIES = ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v2"]
 

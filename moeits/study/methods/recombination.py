@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from moeits.criteria.base import Change, Layer, best
+from moeits.criteria.base import Layer, best
 from moeits.criteria.router import router_weight
+from moeits.study.methods.change import Change
 
 SIMILAR = 0.5
 """Cosine above which a dropped neuron joins the nearest kept one."""

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
-from moeits.criteria.base import Change, Layer
+from moeits.criteria.base import Layer
 from moeits.criteria.clusters import stun
 from moeits.errors import BudgetError
+from moeits.study.methods.change import Change
 
 BITS = 16
 """Bits of a weight before."""
