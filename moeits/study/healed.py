@@ -115,7 +115,7 @@ def _heal_all(
     import torch
 
     from moeits.evaluation import ratio
-    from moeits.healing.lora import heal_model
+    from moeits.healing.lora import train_model
     from moeits.models.families import moe_layers
     from moeits.models.folder import load_tokenizer
     from moeits.models.surgery import prune_model
@@ -138,7 +138,7 @@ def _heal_all(
         for healed in (False, True):
             if healed:
                 with tempfile.TemporaryDirectory() as work:
-                    heal_model(model, tokenizer, sizes.recipe, Path(work) / "training", data=data)
+                    train_model(model, tokenizer, sizes.recipe, Path(work) / "training", data=data)
             bits = anatomy.losses(model, read)
             value, stderr = ratio(bits, read.size)
             state = {"method": method, "healed": healed, "bits": [round(float(one), 3) for one in bits]}
