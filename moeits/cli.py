@@ -23,7 +23,10 @@ class _Group(click.Group):
     command_class = options.Command
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+
+
+@click.group(cls=_Group, context_settings=_SETTINGS)
 @click.version_option(package_name="moeits")
 def main() -> None:
     """Prune the redundant experts of a Mixture-of-Experts language model (MoEITS, arXiv 2604.10603)."""
@@ -65,7 +68,6 @@ _preset = click.option(
     "--preset",
     type=click.Choice(["paper", "official"]),
     default="paper",
-    show_default=True,
     help="Average the projections as the paper's text does, or weight them as the authors' code does.",
 )
 _layers = click.option(
@@ -181,12 +183,9 @@ def ancestry(model: str, layers: list[int] | None, as_json: bool, **settings: An
     "tokens",
     type=click.IntRange(512),
     default=8192,
-    show_default=True,
     help="Tokens of text for criteria that need some.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the criterion random."
-)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the criterion random.")
 @options.device_option
 @click.option("--dtype", help="Number format to compute in: auto, float32, ...  [default: as stored]")
 @options.json_option
@@ -383,7 +382,6 @@ def prune(
     "preset",
     type=click.Choice(["paper", "official"]),
     default="paper",
-    show_default=True,
     help="Adapt the experts and routers, as the paper says, or what the authors' code adapts.",
 )
 @click.option(
@@ -396,13 +394,7 @@ def prune(
 )
 @click.option("--no-lora", is_flag=True, help="Refit alone, without training.")
 @click.option("--refit-to", help="Unpruned model to refit the down projections to, before the training.")
-@click.option(
-    "--refit-tokens",
-    type=click.IntRange(512),
-    default=16_384,
-    show_default=True,
-    help="Tokens of text to refit on.",
-)
+@click.option("--refit-tokens", type=click.IntRange(512), default=16_384, help="Tokens of text to refit on.")
 @click.option("--shard", is_flag=True, help="Spread the experts over the processes of accelerate launch.")
 @options.device_option
 @options.dtype_option
@@ -465,11 +457,9 @@ def heal(
 @main.command(examples=("moeits verify path/to/pruned --against path/to/checkpoint",))
 @click.argument("pruned")
 @click.option("--against", required=True, help="The unpruned model, a folder or a model of the hub.")
-@click.option(
-    "--tokens", type=click.IntRange(1), default=512, show_default=True, help="Random tokens to compare."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the tokens.")
-@click.option("--device", default="cpu", show_default=True, help="Device to compute on: cpu, cuda, ...")
+@click.option("--tokens", type=click.IntRange(1), default=512, help="Random tokens to compare.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the tokens.")
+@click.option("--device", default="cpu", help="Device to compute on: cpu, cuda, ...")
 @options.json_option
 def verify(pruned: str, against: str, tokens: int, seed: int, device: str, as_json: bool) -> None:
     """Prove that the model in PRUNED equals the unpruned one with the removed experts masked.
@@ -511,19 +501,12 @@ def _duration(seconds: float) -> str:
     "--tasks", help="Benchmarks separated by commas, or all.  [default: all five; none with --text]"
 )
 @click.option(
-    "--num-fewshot",
-    "shots",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Worked examples before each question.",
+    "--num-fewshot", "shots", type=click.IntRange(0), default=0, help="Worked examples before each question."
 )
 @click.option(
     "--limit", type=click.IntRange(1), help="Questions per task, a fixed random sample.  [default: all]"
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences per forward pass."
-)
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Sequences per forward pass.")
 @click.option(
     "--documents",
     type=click.Choice(["packaged", "hub"]),
@@ -531,11 +514,7 @@ def _duration(seconds: float) -> str:
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts in the tokenizer's chat template.")
 @click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Seed for question sampling and few-shot examples.",
+    "--seed", type=click.IntRange(0), default=0, help="Seed for question sampling and few-shot examples."
 )
 @click.option("--max-length", type=int, help="Truncate longer prompts on the left to this many tokens.")
 @_text
@@ -598,7 +577,7 @@ def evaluate(
     examples=(
         "moeits size path/to/checkpoint --kept kept.json",
         "moeits size mistralai/Mixtral-8x7B-v0.1 --json",
-    ),
+    )
 )
 @click.argument("model")
 @click.option("--kept", type=_path, help="Count as if pruned to this kept.json.")

@@ -148,7 +148,6 @@ def output(
             type=kind,
             required=required,
             default=default,
-            show_default=default is not None,
             help=help_,
         )(command)
 
@@ -182,13 +181,10 @@ def new_folder(target: Path, overwrite: bool, *sources: str) -> Iterator[Path]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda, ..."
-)
+device_option = click.option("--device", default="auto", help="Device to compute on: auto, cpu, cuda, ...")
 dtype_option = click.option(
     "--dtype",
     default="auto",
-    show_default=True,
     help="Number format to compute in: auto, float32, bfloat16 or float16.",
 )
 
@@ -203,7 +199,7 @@ def choose_device(device: str, dtype: str) -> tuple:
 
 
 profile_option = click.option(
-    "--profile", default="laptop", show_default=True, help="Name of the settings, a file of data/profiles."
+    "--profile", default="laptop", help="Name of the settings, a file of data/profiles."
 )
 
 

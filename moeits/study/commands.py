@@ -11,14 +11,12 @@ from moeits import options
 from moeits.options import output, profile_option
 
 _command: Callable = partial(click.command, cls=options.Command, repository=True)
-_seed = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random weights."
-)
+_seed = click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the random weights.")
 
 
 @_command(examples=("moeits train", "moeits train upcycled-1 --jobs 1"))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
+@click.option("--jobs", type=click.IntRange(1), default=2, help="Processes to use.")
 def train(names: Sequence[str], jobs: int) -> None:
     """Train the small models of data/models, or those NAMEd and what they need.
 
@@ -34,7 +32,7 @@ def train(names: Sequence[str], jobs: int) -> None:
 @_command(examples=("moeits study", "moeits study upcycled-1 scratch-1", "moeits study --full"))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--full", is_flag=True, help="Measure bounds, planted duplicates and healing, too: hours.")
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes to use.")
+@click.option("--jobs", type=click.IntRange(1), default=2, help="Processes to use.")
 def study(names: Sequence[str], full: bool, jobs: int) -> None:
     """Measure the trained models of data/models, or those NAMEd, into data/study/records.
 
@@ -65,8 +63,8 @@ def miniature(name: str, output: Path, overwrite: bool) -> None:
 )
 @click.argument("name")
 @output("Folder to make.", required=True)
-@click.option("--num-layers", type=click.IntRange(1), default=2, show_default=True, help="Decoder layers.")
-@click.option("--shrink", type=click.IntRange(1), default=1, show_default=True, help="Divisor of the widths.")
+@click.option("--num-layers", type=click.IntRange(1), default=2, help="Decoder layers.")
+@click.option("--shrink", type=click.IntRange(1), default=1, help="Divisor of the widths.")
 @_seed
 def standin(name: str, output: Path, overwrite: bool, num_layers: int, shrink: int, seed: int) -> None:
     """Make a stand-in for a model of the paper or the small profile: its shapes, few layers, random weights.
