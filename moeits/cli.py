@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial, reduce
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,22 +46,17 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> list[in
 
 def _limits(command: Callable) -> Callable:
     """Give a command the options that say how many experts to keep."""
-    chosen = (
-        click.option(
-            "--tau",
-            type=float,
-            help="Pruning threshold in interquartile ranges; smaller removes more experts.",
-        ),
-        click.option("--n-keep", type=int, help="Number of experts to keep in every layer."),
-        click.option("--share", type=float, help="Fraction of all routed experts to keep; sets tau."),
+    tau = "Pruning threshold in interquartile ranges; smaller removes more experts."
+    floor = "Fewest experts to keep in a layer.  [default: the family's minimum]"
+    for option in (
+        click.option("--at-least", type=int, help=floor),
         click.option("--uniform", is_flag=True, help="Keep equally many experts in every layer."),
-        click.option(
-            "--at-least",
-            type=int,
-            help="Fewest experts to keep in a layer.  [default: the family's minimum]",
-        ),
-    )
-    return reduce(lambda command, option: option(command), reversed(chosen), command)
+        click.option("--share", type=float, help="Fraction of all routed experts to keep; sets tau."),
+        click.option("--n-keep", type=int, help="Number of experts to keep in every layer."),
+        click.option("--tau", type=float, help=tau),
+    ):
+        command = option(command)
+    return command
 
 
 _preset = click.option(
