@@ -29,17 +29,9 @@ _Import = ast.Import | ast.ImportFrom
 
 
 def digest(inputs: object) -> str:
-    """Hash of anything that JSON can write, the same on every machine.
+    """Hash of anything that JSON can write, NaN aside, the same on every machine.
 
-    Parameters
-    ----------
-    inputs : object
-        Nested mappings, sequences, strings, numbers, booleans and None. NaN is refused.
-
-    Returns
-    -------
-    str
-        The first 16 hexadecimal digits of the SHA-256 of the canonical JSON.
+    It is the first 16 hexadecimal digits of the SHA-256 of the canonical JSON.
     """
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -54,16 +46,9 @@ def file_digest(*paths: Path) -> str:
 
 
 def once_for_file(file: Path, key: object, compute: Callable[[], Any]) -> Any:
-    """Compute something of a file, or find it: once while the file keeps size, time of change and inode.
+    """Compute something of a file, once while the file keeps size, time of change and inode.
 
-    Parameters
-    ----------
-    file : Path
-        The file.
-    key : object
-        What is computed, as JSON can write it.
-    compute : callable
-        Computes it, as JSON can write it.
+    JSON can write the `key`, which names what is computed, and what `compute` returns.
     """
     seen = file.stat()
     stamp = [seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns]
@@ -90,22 +75,14 @@ def versions() -> dict[str, str]:
 
 
 def by_value(function: Callable) -> Callable:
-    """Mark a function whose result is in the key of whatever uses it: the code behind it is not followed."""
+    """Mark a function whose result is in the key of its callers: the code behind it is not followed."""
     return function
 
 
 def code_digest(*functions: Callable | str) -> str:
-    """Hash of the code that functions reach in this package.
+    """Hash of the code that functions or methods reach in this package.
 
-    Parameters
-    ----------
-    *functions : callable or str
-        Functions or methods of the package, as they are, in a partial, or as :func:`reached` takes them.
-
-    Returns
-    -------
-    str
-        Sixteen hexadecimal digits.
+    They are given as they are, in a partial, or as :func:`reached` takes them.
     """
     return _digest_of(tuple(sorted({name for function in functions for name in _names(function)})))
 
@@ -127,7 +104,7 @@ def _names(function: object) -> Iterator[str]:
 
 
 def reached(entries: tuple[str, ...], package: Path = PACKAGE) -> dict[str, str]:
-    """Find the definitions of a package that functions reach.
+    """Find the definitions of a package that functions reach, by their names, and their sources.
 
     Names are followed through the package's syntax trees: what a function, a class or a constant names is
     reached, also through imports inside of functions. A method is reached where its class is and an attribute
@@ -137,19 +114,14 @@ def reached(entries: tuple[str, ...], package: Path = PACKAGE) -> dict[str, str]
     ----------
     entries : tuple of str
         ``"package.module:function"`` or ``"package.module:Class.method"``.
-    package : Path
+    package : Path, default=PACKAGE
         Folder of the package.
 
     Returns
     -------
     dict of str to str
-        Name of the definition, spelled as the entries, -> its source, without comments, docstrings and
+        Name of each definition, spelled as the entries, and its source, without comments, docstrings and
         annotations. What a module does when it is imported, beside defining names, has the module's name.
-
-    Raises
-    ------
-    LookupError
-        If there is no such function.
     """
     walk = _Walk(_files(package))
     for entry in entries:
@@ -179,27 +151,13 @@ def _files(package: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What one definition is, and what it refers to.
+    """What one definition is, and what it refers to."""
 
-    Attributes
-    ----------
-    text : str
-        Its source, without comments, docstrings and annotations.
-    names : tuple of (str, tuple of str)
-        Names, each with the attributes that are taken of it at once.
-    attributes : frozenset of str
-        Names of all attributes.
-    imports : dict of str to (str, str)
-        What it imports itself.
-    texts : frozenset of str
-        Its constant texts: a module's name may be one that another process runs.
-    """
-
-    text: str
-    names: tuple[tuple[str, tuple[str, ...]], ...]
+    text: str  # its source, without comments, docstrings and annotations
+    names: tuple[tuple[str, tuple[str, ...]], ...]  # each with the attributes that are taken of it
     attributes: frozenset[str]
     imports: dict[str, tuple[str, str]]
-    texts: frozenset[str]
+    texts: frozenset[str]  # one may be the name of a module that another process runs
 
 
 class _Module:
@@ -237,11 +195,8 @@ def _root(node: ast.expr) -> str:
 
 def _is_text(node: ast.stmt) -> bool:
     """Whether a statement is a text alone: a docstring, or one below a constant."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return constant and isinstance(node.value.value, str)
 
 
 def _is_by_value(node: ast.stmt) -> bool:
@@ -271,10 +226,6 @@ def _imports(statements: Iterable[ast.stmt]) -> dict[str, tuple[str, str]]:
         elif statement.module:
             found |= {alias.asname or alias.name: (statement.module, alias.name) for alias in statement.names}
     return {name: (module, of) for name, (module, of) in found.items() if _is_ours(module)}
-
-
-def _methods(node: ast.ClassDef) -> list[ast.stmt]:
-    return [part for part in node.body if isinstance(part, _Function)]
 
 
 @cache
@@ -387,7 +338,7 @@ class _Walk:
             for key, (module, node) in list(self._classes.items()):
                 known = {*module.definitions, *module.imports, "NamedTuple"}
                 everything = any(_root(base) not in known for base in node.bases)
-                for part in _methods(node):
+                for part in (part for part in node.body if isinstance(part, _Function)):
                     special = re.fullmatch("__.*__", part.name)
                     wanted = everything or special or part.name in self.attributes
                     if wanted and not _is_by_value(part):

