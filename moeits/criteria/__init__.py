@@ -12,7 +12,7 @@ import numpy as np
 
 from moeits.criteria import clusters, controls, information, reconstruction, router
 from moeits.criteria.base import Layer, Score, Spread, across_layers, best, equal_groups, uniform
-from moeits.errors import BudgetError, MoeitsError
+from moeits.errors import MoeitsError
 from moeits.machine.keys import by_value
 from moeits.selection import check_budget, equal_count
 
@@ -106,7 +106,8 @@ class Criterion:
         MoeitsError
             If the number is out of range, or statistics are missing.
         """
-        check_number(layer, n_keep, layer.groups)
+        at = {"at_least": layer.minimum, "groups": layer.groups, "where": f"layer {layer.number}: "}
+        check_budget(layer.experts, n_keep=n_keep, **at)
         if self.choose is not None:
             return tuple(self.choose(layer, n_keep))
         scores = np.asarray(self.score(layer))
@@ -119,19 +120,6 @@ def _named(part: object) -> object:
     if isinstance(part, partial):
         return [_named(part.func), {key: _named(value) for key, value in part.keywords.items()}]
     return f"{part.__module__}.{part.__qualname__}" if callable(part) else part
-
-
-def check_number(layer: Layer, n_keep: int, groups: int = 1) -> None:
-    """Raise a BudgetError unless a layer can keep a number of experts."""
-    if n_keep % groups:
-        raise BudgetError(
-            f"layer {layer.number}: cannot keep {n_keep} experts: the router selects among {groups} groups, "
-            "which must stay equally large"
-        )
-    if not layer.minimum <= n_keep <= layer.experts:
-        raise BudgetError(
-            f"layer {layer.number}: cannot keep {n_keep} of {layer.experts} experts, at least {layer.minimum}"
-        )
 
 
 @by_value

@@ -580,8 +580,8 @@ def test_every_name_hashes_to_its_own_computation():
     [
         ({}, "exactly one of n_keep and share"),
         ({"n_keep": 1, "share": 0.5}, "exactly one"),
-        ({"n_keep": 0}, "layer 0: cannot keep 0 of 4 experts"),
-        ({"n_keep": 5}, "layer 0: cannot keep 5 of 4 experts"),
+        ({"n_keep": 0}, "layer 0: n_keep is 0, but the layer has 4 experts"),
+        ({"n_keep": 5}, "layer 0: n_keep is 5, but the layer has 4 experts"),
         ({"share": 0}, "share is 0"),
     ],
 )

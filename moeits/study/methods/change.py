@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moeits.criteria import Criterion, check_number
+from moeits.criteria import Criterion
 from moeits.criteria.base import Layer
+from moeits.selection import check_budget
 
 if TYPE_CHECKING:
     from moeits.models.families import MoELayer
@@ -56,7 +57,8 @@ class Changing(Criterion):
         MoeitsError
             If the number is out of range, or statistics are missing.
         """
-        check_number(layer, n_keep)
+        where = f"layer {layer.number}: "
+        check_budget(layer.experts, n_keep=n_keep, at_least=layer.minimum, where=where)
         return self.change(layer, n_keep)
 
 
