@@ -19,7 +19,7 @@ from moeits.selection import check_budget, equal_count
 
 @dataclass(frozen=True)
 class Criterion:
-    """One method.
+    """One way to choose the experts to keep.
 
     Attributes
     ----------
@@ -180,4 +180,4 @@ CRITERIA: dict[str, Criterion] = {
         "Activation norm on random tokens", text="random", score=router.activation_norm
     ),
 }
-"""Every method by name."""
+"""Every criterion by name."""
