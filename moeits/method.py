@@ -85,7 +85,7 @@ def mean_and_iqr(R: np.ndarray, diagonal: str = "zero") -> tuple[float, float]:
     ----------
     R : ndarray, shape (E, E)
         Redundancy of each pair of experts, symmetric. Its own diagonal is not read.
-    diagonal : {"zero", "one", "exclude"}
+    diagonal : {"zero", "one", "exclude"}, default="zero"
         What both take for the diagonal, which the paper leaves open: 0 (the authors' code), 1 (NMI as
         defined), or leave it out.
 

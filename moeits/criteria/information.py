@@ -18,7 +18,7 @@ def redundancy(
     ----------
     layer : Layer
         Its weights are read, not its statistics.
-    preset : {"paper", "official"}
+    preset : {"paper", "official"}, default="paper"
         See :func:`moeits.nmi.preset_weights`; a family without official weights takes the plain mean.
     correction, align
         As in :func:`moeits.nmi.nmi_matrix`.

@@ -19,10 +19,10 @@ def choose(device: str = "auto", dtype: str = "auto") -> "tuple[torch.device, to
 
     Parameters
     ----------
-    device : str
+    device : str, default="auto"
         ``auto`` takes CUDA, else the CPU; anything else is a torch device. CUDA without a number is the
         first device, for one of several processes (``LOCAL_RANK``) its own.
-    dtype : str
+    dtype : str, default="auto"
         ``auto`` takes bfloat16 where the device multiplies it in hardware, else float32.
 
     Returns
