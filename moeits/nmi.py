@@ -185,48 +185,36 @@ def null_nmi(
     block: Mapping[str, object],
     draws: int,
     *,
-    bins: str | int = "auto",
-    projection_weights: Mapping[str, float] | None = None,
-    n_jobs: int | None = None,
     seed: int = 0,
+    projection_weights: Mapping[str, float] | None = None,
+    **options: object,
 ) -> np.ndarray:
     """NMI of every pair with the second expert's weights shuffled: what unrelated experts would score.
 
-    The options are those of :func:`nmi_matrix`, and the `seed` of the shuffles; the result is of shape
-    (draws, E, E), each matrix symmetric with zero diagonal.
+    There are 1 or more `draws`, by `seed`; weights and options (bins, n_jobs) are those of
+    :func:`nmi_matrix`. The result is of shape (draws, E, E), each matrix symmetric with zero diagonal.
     """
     if draws < 1:
         raise MoeitsError(f"draws is {draws}: shuffle once or more")
-    return np.stack(
-        [
-            _sum_of_projections(
-                block,
-                projection_weights,
-                lambda projection, draw=draw: projection_nmi(
-                    block[projection], bins=bins, n_jobs=n_jobs, name=projection, shuffle=(seed, draw)
-                ),
-            )
-            for draw in range(draws)
-        ]
-    )
+
+    def of(draw: int) -> np.ndarray:
+        shuffle = {"shuffle": (seed, draw), **options}
+        return _sum_of_projections(
+            block, projection_weights, lambda name: projection_nmi(block[name], name=name, **shuffle)
+        )
+
+    return np.stack([of(draw) for draw in range(draws)])
 
 
 def nmi_zscores(
-    block: Mapping[str, object],
-    *,
-    draws: int = 20,
-    bins: str | int = "auto",
-    projection_weights: Mapping[str, float] | None = None,
-    n_jobs: int | None = None,
-    seed: int = 0,
+    block: Mapping[str, object], *, draws: int = 20, seed: int = 0, **options: object
 ) -> np.ndarray:
     """How many standard deviations the NMI of every pair lies above that of shuffled weights, (E, E).
 
-    Mean and standard deviation of each pair are those of :func:`null_nmi` over `draws` shuffles, 2 or more.
+    Mean and standard deviation of each pair are those of :func:`null_nmi`, of 2 `draws` or more.
     """
     if draws < 2:
         raise MoeitsError(f"draws is {draws}: a standard deviation needs 2 shuffles or more")
-    options = {"bins": bins, "projection_weights": projection_weights, "n_jobs": n_jobs}
     null = null_nmi(block, draws, seed=seed, **options)
     spread = null.std(axis=0, ddof=1)
     np.fill_diagonal(spread, 1)
