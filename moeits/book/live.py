@@ -210,7 +210,7 @@ def budgets(records: Iterable[Record], domains: Iterable[str], *, name: str = "b
     Parameters
     ----------
     records : iterable of Record
-        Of the step ``"selection"``; all their budgets are drawn.
+        Of the steps ``"selection"`` and ``"budgets"``; all their budgets are drawn.
     domains : iterable of str
         Names of the domains, in the order of their numbers.
     name : str
@@ -222,9 +222,19 @@ def budgets(records: Iterable[Record], domains: Iterable[str], *, name: str = "b
         HTML.
     """
     domains = list(domains)
-    models = [_measured(record, len(domains)) for record in records]
-    models.sort(key=lambda model: model["title"])
-    return _element(name, "budget", {"rows": ["all text", *domains], "models": models}, ("budget",))
+    models: dict[str, dict[str, Any]] = {}
+    for record in records:
+        found = _measured(record, len(domains))
+        model = models.setdefault(record.inputs["model"], found | {"budgets": []})
+        model["budgets"] += found["budgets"]
+    for model in models.values():
+        model["budgets"].sort(key=lambda budget: float(budget["kept"]))
+    return _element(
+        name,
+        "budget",
+        {"rows": ["all text", *domains], "models": [models[name] for name in sorted(models)]},
+        ("budget",),
+    )
 
 
 def _weights(layer: Mapping[str, Any]) -> np.ndarray:
@@ -241,18 +251,19 @@ def _measured(record: Record, domains: int) -> dict[str, Any]:
         bits = np.array(bits)
         return [round(float(bits[mask].sum() / size[mask].sum()), 5) for mask in masks]
 
-    budgets = sorted(details["budgets"].items(), key=lambda item: sum(item[1]["counts"]))
     share = {row["method"]: row["kept_share"] for row in record.rows}
-    experts = {round(np.mean(told["counts"]) / share[f"moeits, {name}"]) for name, told in budgets}
+    budgets = details["budgets"]
+    experts = {round(np.mean(told["counts"]) / share[f"moeits, {title}"]) for title, told in budgets.items()}
     found = [
         {
             "kept": f"{np.mean(told['counts']):g}",
+            "note": title.partition(", ")[2],
             "moeits": per_byte(told["methods"]["moeits"]["bits"]),
             "random": per_byte(told["mean of subsets"]),
             "slices": per_byte(told["mean of stratified"]) if "mean of stratified" in told else None,
             "cloud": [round(bits / size.sum(), 5) for bits in told["subsets"]],
         }
-        for _, told in budgets
+        for title, told in budgets.items()
     ]
     return {
         "title": record.inputs["model"],

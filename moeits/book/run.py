@@ -601,7 +601,11 @@ _READS = {
     "trained-models": ("study/records/anatomy-*.json", "models/*/training.*"),
     "trained-selection": ("study/records/selection-*.json",),
     "trained-healing": ("study/records/healed-*.json",),
-    "laboratory": ("study/records/selection-*.json", "models/*-1/model.safetensors"),
+    "laboratory": (
+        "study/records/selection-*.json",
+        "study/records/budgets-*.json",
+        "models/*-1/model.safetensors",
+    ),
 }
 
 

@@ -8,6 +8,8 @@ const form = root.querySelector("form");
 const { model: models, budget: range } = form.elements;
 const text = root.querySelector("[role='status']");
 const drawing = root.querySelector("svg");
+const named = (model, budget) =>
+  `${budget ? budget.kept : model.experts} of ${model.experts}${budget && budget.note ? `, ${budget.note}` : ""}`;
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
 
 function draw(model, budget) {
@@ -59,7 +61,7 @@ function inWords(model, budget) {
   const slices = budget.slices ? ` Subsets with one expert of every slice cost ${signed(budget.slices[0] - model.unpruned[0])}.` : "";
   const rows = data.rows.slice(1).map((name, n) => `${name} ${signed(budget.moeits[n + 1] - budget.random[n + 1])}`);
   return (
-    `${model.title}, ${budget.kept} of ${model.experts} experts: MoEITS costs ` +
+    `${model.title}, experts kept ${named(model, budget)}: MoEITS costs ` +
     `${signed(budget.moeits[0] - model.unpruned[0])} bits per byte, random subsets ` +
     `${signed(budget.random[0] - model.unpruned[0])} on average; ${below} of ${budget.cloud.length} lose less than MoEITS.` +
     `${slices} MoEITS minus random, by domain: ${rows.join(", ")}.`
@@ -75,7 +77,7 @@ function update(event) {
     range.value = 0;
   }
   const budget = model.budgets[range.value]; // after the last comes the unpruned model
-  const shown = `${budget ? budget.kept : model.experts} of ${model.experts}`;
+  const shown = named(model, budget);
   root.querySelector("[data-shows]").textContent = shown;
   range.setAttribute("aria-valuetext", shown);
   draw(model, budget);
