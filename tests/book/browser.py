@@ -134,7 +134,7 @@ def visit(port: int, html: Path, page: str, *, expressions: tuple[str, ...] = ()
         errors (of scripts and console), outside (addresses), images, rules (of axe-core), wide (if the page
         scrolls sideways on a phone); values of the expressions.
     """
-    return asyncio.run(asyncio.wait_for(_visit(port, html, page, expressions), 60))
+    return asyncio.run(asyncio.wait_for(_visit(port, html, page, expressions), 180))
 
 
 async def _visit(port: int, html: Path, page: str, expressions: tuple[str, ...]) -> dict[str, list]:
