@@ -105,6 +105,7 @@ FAMILIES: dict[str, Family] = {
     "minimax": Family(),
     "minimax_m2": Family(),
     "minimax_m3_vl_text": Family(),
+    "mistral4": Family(minimum=2),
     "mixtral": Family(),
     "nemotron_h": _TWO,
     "olmoe": Family(),
@@ -117,6 +118,7 @@ FAMILIES: dict[str, Family] = {
     "qwen4_exp_text": Family(),
     "solar_open": _TWO,
     "switch_transformers": Family(fixed_top_k=True, weights=_SWITCH),  # its router always picks one expert
+    "unlimited_ocr_text": Family(),
 }
 """Served model types (``config.model_type``); pruning each of them is tested to be exact."""
 
