@@ -37,10 +37,12 @@ def test_evidence_pages_are_in_the_book(claims):
     assert {claim.page for claim in claims} - {None} <= set(toc_pages(BOOK))
 
 
-def test_the_tally_counts_every_claim_once(claims):
+def test_the_tally_counts_the_quoted_claims_once_and_no_others(claims):
+    quoted = [claim for claim in claims if claim.quote is not None]
+    assert 0 < len(quoted) < len(claims)
     tally = audit.tally(claims)
-    assert tally["all"].sum() == len(claims)
-    assert tally.computed.sum() == sum(claim.check is not None for claim in claims)
+    assert tally["all"].sum() == len(quoted)
+    assert tally.computed.sum() == sum(claim.check is not None for claim in quoted)
     assert (tally.computed + tally.other == tally["all"]).all()
 
 
@@ -50,6 +52,8 @@ def row(**changes):
         "id": "averages",
         "claim": "The averages.",
         "where": "Table 2",
+        "origin": "quoted",
+        "quote": "Av represents the average of the metrics.",
         "how": "recomputed",
         "verdict": "holds",
         "mark": "C",
@@ -79,6 +83,13 @@ def test_numbers_are_filled_in(tmp_path):
         ({"check": None, "finding": "x"}, "has no evidence"),
         ({"verdict": "perhaps"}, "'averages': verdict"),
         ({"mark": "X"}, "'averages': mark"),
+        ({"origin": "heard"}, "'averages': origin"),
+        ({"quote": None}, "'averages': origin: .*'quoted', and no others, have 'quote'"),
+        ({"quote": " "}, "'averages': quote"),
+        ({"quote": "x" * 201}, "'averages': quote"),
+        ({"origin": "ours"}, "'quoted', and no others, have 'quote'"),
+        ({"origin": "implied", "quote": None}, "'implied', and no others, have 'implied_by'"),
+        ({"implied_by": "the caption"}, "'implied', and no others, have 'implied_by'"),
         ({"colour": "red"}, "'averages': colour"),
     ],
 )
@@ -106,8 +117,14 @@ def test_a_changed_number_of_the_paper_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("check", "owner", "name", "other"),
     [
-        ("mean-lead-4", audit, "_rows", lambda number: lifted(paper.table(number).set_index("method"))),
-        ("total-share-4", audit, "implied_kept", lambda _: {"removed": 5.0}),
+        ("mean-lead-4", audit, "_rows", lambda number: shifted(number, "average", -5)),
+        ("best-2", audit, "_rows", lambda number: shifted(number, "winogrande", 4)),
+        ("best-3", audit, "_rows", lambda number: shifted(number, "hellaswag", -50)),
+        ("best-everywhere", audit, "_rows", lambda number: shifted(number, "average", -50)),
+        ("reduction-2-moei2", audit, "_rows", lambda number: shifted(number, "expert_params_removed_pct", 1)),
+        ("most-reduced-4", audit, "_rows", lambda number: shifted(number, "expert_params_removed_pct", 20)),
+        ("boolq-majority", audit, "BOOLQ_YES", 1635),
+        ("total-share", audit, "implied_kept", lambda _: {"removed": 1.0}),
         ("figure-2", audit, "_rows", lambda _: paper.table(4).set_index("method")),
         ("iterations", "moeits.selection", "select_experts", lambda R, _: Steps(range(len(R) ** 2 // 2))),
         ("weights-touched", "moeits.histograms", "discretise", lambda weights: Read(weights[0])),
@@ -119,8 +136,10 @@ def test_a_check_comes_out_otherwise_where_the_facts_are_others(monkeypatch, che
     assert audit.CHECKS[check]().verdict != before
 
 
-def lifted(table):
-    return table.assign(average=table.average + 9 * (table.index == "MoEITS"))
+def shifted(number, column, by):
+    """The table with the row of MoEITS moved in one column."""
+    table = paper.table(number).set_index("method")
+    return table.assign(**{column: table[column] + by * (table.index == "MoEITS")})
 
 
 class Steps(NamedTuple):
