@@ -22,6 +22,7 @@ from moeits.study.reference import with_error
 
 TITLES = {name: entry.title for name, entry in METHODS.items()}
 UNPRUNED = "Unpruned model"
+UNIFORM = "moeits-uniform"
 NAMED = ("moeits", "reap", "lu", "moeits-uniform", "mc-moe", "random-token-norm")
 """Methods with a colour of their own in the figures; the others are grey."""
 _STYLES = {
@@ -262,15 +263,46 @@ def speed_sentence(speeds: pd.DataFrame, measured: pd.DataFrame) -> str:
     return " ".join(sentences)
 
 
-def tally(table: pd.DataFrame, blocks: int) -> str:
-    """Count the verdicts of :func:`moeits.study.tables.differences` over as many blocks of text."""
+def tally(table: pd.DataFrame) -> str:
+    """Count the verdicts of :func:`moeits.study.tables.differences`."""
     if table.empty:
         return "not measured"
-    counts, chance = table.verdict.value_counts(), tables.by_chance(blocks) * len(table)
+    counts = table.verdict.value_counts()
     return (
         f"better in {counts.get('better', 0)} and worse in {counts.get('worse', 0)} of {len(table)} "
-        f"comparisons (among equals, chance alone would flag {chance:.1f})"
+        "comparisons"
     )
+
+
+def order_alone(cells: Iterable[Record], models: Iterable[str]) -> str:
+    """Count the methods that beat MoEITS at half of every layer, where only the order of the experts differs.
+
+    MoEITS with the same share of every layer is compared with all other methods that keep its numbers; its
+    own variants, random subsets and the first experts are not counted.
+    """
+    half: dict[str, dict[str, Record]] = {}
+    for cell in cells:
+        if comparison.removes(cell) and cell.inputs["budget"] == comparison.FINAL:
+            half.setdefault(cell.inputs["model"], {})[cell.inputs["method"]] = cell
+    said = []
+    for model in models:
+        methods = half.get(model, {})
+        if UNIFORM not in methods:
+            continue
+        others = [
+            name
+            for name, cell in methods.items()
+            if _counts(cell) == _counts(methods[UNIFORM])
+            and name != "first"
+            and not name.startswith(("moeits", "random "))
+        ]
+        pairs = tables.differences(methods.values(), [(name, UNIFORM) for name in others])
+        said.append(f"{model}: {tally(pairs)}")
+    return "; ".join(said) or "not measured"
+
+
+def _counts(cell: Record) -> dict[str, int]:
+    return {layer: len(kept) for layer, kept in cell.details["kept"].items()}
 
 
 def wide(table: pd.DataFrame, places: Sequence[tuple[str, object]], by: str = "first") -> pd.DataFrame:

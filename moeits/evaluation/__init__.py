@@ -382,7 +382,8 @@ def summarise(items: pd.DataFrame) -> pd.DataFrame:
 
     acc and acc_norm are means over the questions, bits per byte is the sum of the bits of the gold answers
     over the sum of their bytes; errors are those of :func:`ratio`, and for accuracies lm-eval's. The mean
-    weights all tasks that have the variant equally, as independent.
+    weights all tasks that have the variant equally, as independent, without the bits per byte of BoolQ
+    (:data:`moeits.evaluation.statistics.NOT_AVERAGED`).
 
     Parameters
     ----------

@@ -21,6 +21,9 @@ SCORES = {
     "bits_per_byte": ("bits per byte", "bits", "bytes", "bit/byte", False),
 }
 MEAN = "mean"
+NOT_AVERAGED = {("boolq", "bits_per_byte")}
+"""Scores that no mean includes. The right answers of BoolQ are "yes" and "no": their bits say first of all
+how much a model expects an answer in this form, and would dominate the mean over the tasks."""
 
 
 def verdict(
@@ -192,12 +195,16 @@ def with_mean(
     means: Sequence[str] = (),
     sums: Sequence[str] = ("n",),
 ) -> list[dict[str, Any]]:
-    """Add rows for the mean over the tasks: equal weights, independent errors."""
+    """Add rows for the mean over the tasks: equal weights, independent errors.
+
+    What :data:`NOT_AVERAGED` lists is left out, unless there is nothing else.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row[by], []).append(row)
     added = []
-    for group in groups.values():
+    for rows_of_one in groups.values():
+        group = [row for row in rows_of_one if (row["task"], row[by]) not in NOT_AVERAGED] or rows_of_one
         mean = group[0] | {
             "task": MEAN,
             "stderr": sqrt(sum(row["stderr"] ** 2 for row in group)) / len(group),

@@ -11,11 +11,10 @@ from itertools import combinations, product
 import numpy as np
 import pandas as pd
 import yaml
-from scipy.special import stdtr
 
 from moeits import evaluation
 from moeits.errors import MoeitsError
-from moeits.evaluation.statistics import ERRORS, verdict
+from moeits.evaluation.statistics import verdict
 from moeits.machine.paths import DATA
 from moeits.study import comparison, records
 from moeits.study.comparison import FINAL, FORMATS, REFERENCE, Comparison, label, removes
@@ -209,11 +208,6 @@ def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
             line["flips"] = both.flips
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def by_chance(blocks: int) -> float:
-    """Share of pairs of equals that :func:`verdict` would tell apart, by Student's t over so many blocks."""
-    return float(2 * stdtr(blocks - 1, -ERRORS))
 
 
 def paired(cell: Record, other: Record) -> tuple[float, float]:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tokens
 
 from moeits import criteria, evaluation
+from moeits.book import baselines
 from moeits.cli import main
 from moeits.criteria import controls, information, reconstruction
 from moeits.criteria.folder import select_by
 from moeits.criteria.reconstruction import subset_error
 from moeits.criteria.statistics import gather, layers_of
-from moeits.evaluation.statistics import verdict
 from moeits.healing.lora import train_model
 from moeits.healing.refit import refit_model
 from moeits.kept import Kept
@@ -349,13 +349,30 @@ def test_differences_in_pairs_and_their_verdicts():
     assert found.difference[0] == pytest.approx(-2.8 / 3 / math.log(2))
 
 
-def test_equals_are_told_apart_as_often_as_chance_says():
-    rng, blocks, draws = np.random.default_rng(0), 12, 4000
-    verdicts = [verdict(*evaluation.ratio(rng.standard_normal(blocks), [5] * blocks)) for _ in range(draws)]
-    share = tables.by_chance(blocks)
-    found = np.mean([name != "undecided" for name in verdicts])
-    assert abs(found - share) < 3 * math.sqrt(share * (1 - share) / draws)
-    assert tables.by_chance(10**6) == pytest.approx(math.erfc(math.sqrt(2)), rel=1e-4)
+def test_the_order_alone_is_compared_where_all_layers_keep_the_same_number():
+    methods = {
+        "moeits-uniform": ([2.0, 2.1, 1.9], {"0": [0, 1], "1": [0, 1]}),
+        "moeits": ([1.0, 1.1, 0.9], {"0": [0], "1": [0, 1, 2]}),
+        "reap": ([1.0, 1.2, 1.0], {"0": [1, 2], "1": [0, 1]}),
+        "lu": ([4.0, 4.1, 3.9], {"0": [2, 3], "1": [0, 1]}),
+        "reap-global": ([1.0, 1.2, 1.0], {"0": [0], "1": [0, 1, 2]}),
+        "moeits-null": ([1.0, 1.2, 1.0], {"0": [0, 1], "1": [0, 1]}),
+        "random 0": ([1.0, 1.2, 1.0], {"0": [0, 3], "1": [0, 1]}),
+        "first": ([1.0, 1.2, 1.0], {"0": [0, 1], "1": [0, 1]}),
+        "wanda": ([1.0, 1.2, 1.0], None),
+    }
+    cells = [
+        records.Record(
+            "rival",
+            {"model": "tiny", "method": method, "budget": 0.5},
+            [{}],
+            {"nats": nats, "bytes": [1, 1, 1], "kept": kept, "experts": {"0": 4, "1": 4}},
+        )
+        for method, (nats, kept) in methods.items()
+    ]
+    said = baselines.order_alone(cells, ["tiny", "other"])
+    assert said == "tiny: better in 1 and worse in 1 of 2 comparisons"
+    assert baselines.order_alone(cells[1:], ["tiny"]) == "not measured"
 
 
 def test_cells_of_different_text_are_not_paired():

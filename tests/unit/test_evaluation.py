@@ -309,6 +309,15 @@ def test_summary_by_hand():
     assert mean["stderr"] == pytest.approx(math.hypot(0.25, 0.5) / 2)
     assert (mean["n"], mean["chance"]) == (6, 0.375)
     assert scores.loc[("mean", "acc_norm"), "n"] == 2
+    # The bits of BoolQ's yes and no are in no mean, unless there is nothing else.
+    assert scores.loc[("mean", "bits_per_byte"), ["value", "n"]].tolist() == [0.5, 2]
+    alone = summarise(boolq).set_index(["task", "variant"])
+    assert alone.loc[("mean", "bits_per_byte"), "value"] == pytest.approx(12 / 10)
+    changed = compare(
+        pd.concat([boolq, items_of([0, 1])]), pd.concat([boolq, items_of([0, 1], bits=[3.0] * 2)])
+    )
+    changed = changed.set_index(["task", "variant"])
+    assert changed.loc[("mean", "bits_per_byte"), "difference"] == pytest.approx(0.25)
     assert json.loads(json.dumps(scores.to_dict("records"), allow_nan=False))
 
 
