@@ -40,8 +40,8 @@ OFFICIAL_WEIGHTS: Mapping[str, Mapping[str, float]] = {
 """Weights of the projections in the authors' code, by model family."""
 PRESETS = ("paper", "official")
 """Ways to average the projections: by the text or by the authors' code. "paper", the default, is a hybrid:
-the plain mean is the text's (eq. 10); the diagonal of 0 and the bins, which the text does not specify, are the
-code's."""
+the plain mean is the text's (eq. 10); the diagonal of 0 and the bins, which the text does not specify, are
+the code's."""
 
 
 def preset_weights(preset: str, family: str) -> dict[str, float] | None:

@@ -119,7 +119,7 @@ def test_a_changed_number_of_the_paper_is_noticed(tmp_path, monkeypatch):
     [
         ("mean-lead-4", audit, "_rows", lambda number: shifted(number, "average", -5)),
         ("best-2", audit, "_rows", lambda number: shifted(number, "winogrande", 4)),
-        ("best-3", audit, "_rows", lambda number: shifted(number, "hellaswag", -50)),
+        ("best-4", audit, "_rows", lambda number: shifted(number, "hellaswag", -50)),
         ("best-everywhere", audit, "_rows", lambda number: shifted(number, "average", -50)),
         ("reduction-2-moei2", audit, "_rows", lambda number: shifted(number, "expert_params_removed_pct", 1)),
         ("most-reduced-4", audit, "_rows", lambda number: shifted(number, "expert_params_removed_pct", 20)),
