@@ -600,6 +600,11 @@ _SHOWS_ALL = {
 _READS = {
     "trained-models": ("study/records/anatomy-*.json", "models/*/training.*"),
     "trained-selection": ("study/records/selection-*.json",),
+    "trained-nmi": (
+        "study/records/anatomy-*.json",
+        "study/records/relatedness-*.json",
+        "study/records/duplicates-*.json",
+    ),
     "trained-healing": ("study/records/healed-*.json",),
     "laboratory": (
         "study/records/selection-*.json",

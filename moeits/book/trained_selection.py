@@ -9,8 +9,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from moeits.book.figures import COLOURS
+from moeits.corpus import DOMAINS
 from moeits.study.records import Record
-from moeits.study.trials import estimate, summary
+from moeits.study.trials import by_domain, estimate, estimates, summary
 
 COLOUR = dict(zip(("scratch", "upcycled", "drop-upcycled", "btm"), COLOURS, strict=False))
 """Colour of each initialisation, the same in every figure."""
@@ -141,6 +142,19 @@ def methods_table(table: pd.DataFrame) -> pd.DataFrame:
     order = found.groupby("method")["mean"].mean().sort_values().index
     kinds = [kind for kind in COLOUR if kind in wide.columns]
     return wide.loc[order, kinds].rename(index=NAMES).reset_index()
+
+
+def domains_table(records: Iterable[Record], method: str = "moeits") -> pd.DataFrame:
+    """Tabulate a method against random subsets by domain: mean over trainings and 95 % interval."""
+    table = by_domain(records)
+    found = estimates(table[table.method == method], ["initialisation", "budget", "domain"])
+    found["shown"] = [f"{one['mean']:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for _, one in found.iterrows()]
+    wide = found.pivot_table(
+        index="domain", columns=["initialisation", "budget"], values="shown", aggfunc="first"
+    )
+    kinds = [key for kind in COLOUR for key in wide.columns if key[0] == kind]
+    wide = wide[kinds].set_axis([f"{kind}, {budget}" for kind, budget in kinds], axis=1)
+    return wide.rename(index=dict(enumerate(DOMAINS))).reset_index()
 
 
 def finding(hypotheses: pd.DataFrame, table: pd.DataFrame) -> str:

@@ -1,9 +1,11 @@
 """Similarity by weights and by function: planted correlations are found, and none where there is none."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from moeits.book import trained_nmi
 from moeits.nmi import nmi_matrix
 from moeits.study import planted, relatedness
 from moeits.study.records import Record
@@ -98,3 +100,59 @@ def test_correlations_are_estimated_over_trainings():
 def test_a_matrix_is_found_again_from_what_lies_above_its_diagonal():
     matrix = symmetric(np.random.default_rng(0), 5).round(2)
     np.testing.assert_allclose(relatedness.square(relatedness._upper(matrix)), matrix)
+
+
+# The page
+
+
+def _table(values):
+    """Correlations of three trainings around planted values."""
+    rows = [
+        {
+            "initialisation": kind,
+            "seed": seed,
+            "pairs": pairs,
+            "weights": weights,
+            "function": function,
+            "r": values.get((kind, pairs, weights, function), 0.0) + noise,
+            "p": 0.5,
+        }
+        for kind in ("scratch", "upcycled")
+        for pairs in ("all", "copies of one slice")[: 1 + (kind == "upcycled")]
+        for weights in relatedness.WEIGHTS
+        for function in relatedness.FUNCTION
+        for seed, noise in ((1, -0.05), (2, 0.0), (3, 0.05))
+    ]
+    return relatedness.summary(pd.DataFrame(rows))
+
+
+def test_the_finding_says_what_the_intervals_say():
+    family = ("upcycled", "copies of one slice", "nmi")
+    table = _table({("scratch", "all", "aligned", "output"): 0.4, (*family, "output"): 0.5})
+    told = trained_nmi.relatedness_finding(table)
+    assert "weight NMI is not shown to follow how alike their outputs are (rank correlation +0.00" in told
+    assert "matched first it rises with how alike their outputs are (+0.40 ± 0.03)" in told
+    assert "likeness of outputs in 1 of 1 initialisations (mean +0.50 to +0.50)" in told
+    assert "costs in 0 of 1 initialisations" in told
+    opposite = trained_nmi.relatedness_finding(_table({("scratch", "all", "nmi", "output"): -0.4}))
+    assert "weight NMI falls as their outputs get alike (rank correlation -0.40" in opposite
+    shown = trained_nmi.relatedness_table(table)
+    assert shown["outputs"].iloc[0].startswith("+0.00 [-0.12")
+    assert len(shown) == 3 * 3
+    assert trained_nmi.relatedness_figure(table).axes[1].get_title() == "copies of one slice"
+
+
+def test_the_finding_on_thresholds_says_which_share_is_fixed():
+    shares = pd.DataFrame(
+        [
+            {"initialisation": kind, "experts": 16, "seed": seed, "layer": 0, "tau": tau, "kept": kept}
+            for seed in (1, 2)
+            for tau, low in ((0.0, 0.2), (2.5, 0.9))
+            for kind, kept in (("scratch", low + 0.01 * seed), ("upcycled", 0.25))
+        ]
+    )
+    told = trained_nmi.threshold_finding(shares, {"A": 0.3, "B": float("nan")}, 0.02)
+    assert "keeps 0.25 of upcycled experts, whatever tau is, and from 0.21 to 0.92 of experts from" in told
+    assert "A 0.3; B none of those tried; shuffled weights of the trained experts have 0.02" in told
+    table = trained_nmi.shares_table(shares).set_index("initialisation")
+    assert table.loc["upcycled", "tau 2.5"] == "0.250 ± 0.000"
