@@ -7,10 +7,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moeits.book import audit, demos
 from moeits.book.figures import COLOURS
 from moeits.book.trained_selection import COLOUR
 from moeits.evaluation.statistics import estimate
+from moeits.study import paper
 from moeits.study.relatedness import FUNCTION, direction
+from moeits.study.threshold import spread_that_keeps
 
 NAMES = {
     "output": "outputs",
@@ -51,12 +54,12 @@ def relatedness_figure(table: pd.DataFrame) -> Figure:
                     axis.plot(one["mean"], y, "o", ms=4, color=COLOUR[kind], mfc=fill)
         axis.axvline(0, color="black", lw=0.8)
         axis.set_title(pairs if pairs != "all" else "all pairs", fontsize=9)
+        axis.set_xlabel("rank correlation with NMI", fontsize=9)
     axes[0, 0].set_yticks(range(len(FUNCTION)), [NAMES[one] for one in reversed(FUNCTION)])
     for kind in kinds:
         axes[0, 0].plot([], [], "o", ms=4, color=COLOUR[kind], label=kind)
     axes[0, 0].plot([], [], "o", ms=4, color="black", mfc="white", label="neurons matched")
     fig.legend(loc="outside lower center", ncols=3, fontsize=8)
-    fig.supxlabel("rank correlation with weight NMI", fontsize=9)
     return fig
 
 
@@ -146,26 +149,51 @@ def duplicates_finding(table: pd.DataFrame) -> str:
     """Say how well NMI and outputs tell the copies after the last step of all trainings."""
     counts = table.groupby("step").seed.nunique()
     last = counts[counts == counts.max()].index.max()
-    own = table[table.step == last].groupby(["similarity", "kind"]).auc
+    own = table[table.step == last].groupby(["similarity", "kind"])
 
-    def told(key: str, kind: str) -> str:
-        values = own.get_group((key, kind)).to_numpy()
+    def told(key: str, kind: str, column: str = "auc") -> str:
+        values = own.get_group((key, kind))[column].to_numpy()
         if len(values) < 2:
             return f"{values[0]:.2f}"
         found = estimate(values)
         return f"{found.mean:.2f} ± {found.error:.2f}"
 
     return (
-        f"After {last} steps of training on, weight NMI ranks planted copies above other pairs with "
-        f"probability {told('nmi', 'copy')}, copies with permuted neurons with {told('nmi', 'permuted')}, "
-        f"and with {told('aligned', 'permuted')} once neurons are matched; likeness of outputs ranks them "
-        f"with {told('output', 'copy')} and {told('output', 'permuted')} (one half is chance)."
+        f"After {last} steps of training on, the NMI of a copy and its original, 1 at first, is "
+        f"{told('nmi', 'copy', 'planted')}; that of other pairs is {told('nmi', 'copy', 'others')}. NMI "
+        f"ranks copies above other pairs with probability {told('nmi', 'copy')}, copies with permuted "
+        f"neurons with {told('nmi', 'permuted')}, matched first with {told('aligned', 'permuted')}; "
+        f"likeness of outputs ranks them with {told('output', 'copy')} and {told('output', 'permuted')} (one "
+        f"half is chance)."
     )
 
 
-def threshold_figure(
-    shares: pd.DataFrame, noise: pd.DataFrame, paper: Mapping[str, float], spread: float
-) -> Figure:
+SPREADS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+"""Relative standard deviations of noise."""
+
+
+def noise_like_the_paper(draws: int) -> pd.DataFrame:
+    """Apply the rule to pure noise, with the experts and the tau of each of the paper's models.
+
+    Returns
+    -------
+    DataFrame
+        ``model``, ``spread``, ``kept`` and ``implied``: the shares that are kept of noise, and by the paper.
+    """
+    implied = {name: audit.implied_kept(name) for name in paper.TAU}
+    noise = demos.paper_noise(implied, [("zero", spread) for spread in SPREADS], draws=draws)
+    return noise.assign(kept=noise.kept / noise.experts, implied=noise.implied / noise.experts)
+
+
+def needed_spreads(noise: pd.DataFrame) -> dict[str, float]:
+    """Find the spread at which noise keeps the paper's share, for each model: NaN where none does."""
+    return {
+        model: spread_that_keeps(own, own.implied.iloc[0])
+        for model, own in noise.groupby("model", sort=False)
+    }
+
+
+def threshold_figure(shares: pd.DataFrame, noise: pd.DataFrame, spread: float) -> Figure:
     """Draw what one tau keeps of trained experts, and of noise.
 
     Parameters
@@ -173,13 +201,11 @@ def threshold_figure(
     shares : DataFrame
         See :func:`moeits.study.threshold.kept_shares`.
     noise : DataFrame
-        ``model`` of the paper, ``spread`` and mean ``kept`` share of noise with as many experts.
-    paper : mapping of str to float
-        The share that the paper keeps of each model.
+        See :func:`noise_like_the_paper`.
     spread : float
         Spread of the NMI of shuffled weights.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(5.6, 3.4), sharey=True)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(5.6, 3.8), sharey=True)
     each = shares.groupby(["initialisation", "seed", "tau"]).kept.mean()
     kinds = [kind for kind in COLOUR if kind in set(shares.initialisation)]
     others = [kind for kind in shares.initialisation.unique() if kind not in kinds]
@@ -199,11 +225,11 @@ def threshold_figure(
     left.set(xlabel="tau", ylabel="share kept", title="trained experts")
     for colour, (model, own) in zip(COLOURS, noise.groupby("model", sort=False), strict=False):
         right.plot(own.spread, own.kept, color=colour, marker="", label=model)
-        right.axhline(paper[model], color=colour, lw=0.8, ls="--")
+        right.axhline(own.implied.iloc[0], color=colour, lw=0.8, ls="--")
     right.axvline(spread, color="black", lw=0.8, ls=":")
     right.set(xscale="log", xlabel="spread of the noise", title="pure noise")
-    left.legend(fontsize=7)
-    right.legend(fontsize=7)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)
+    fig.legend(*right.get_legend_handles_labels(), loc="outside lower right", fontsize=7)
     return fig
 
 

@@ -1,10 +1,12 @@
 """Copies planted in a model: they compute the same, similarities find them, and training on is recorded."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from moeits.book import trained_nmi
 from moeits.models.families import expert_block, moe_layers
 from moeits.study import anatomy, corpus, duplicates, planted, relatedness, trained
 from moeits.study.training import routers
@@ -101,3 +103,25 @@ def test_copies_are_found_before_training_and_the_record_says_how_long(model, tm
         assert found.loc[(0, "output", kind), "auc"] == 1
         assert found.loc[(2, "aligned", kind), "planted"] < 1
     assert relatedness.WEIGHTS[1] not in found.index.get_level_values("similarity")
+
+
+def test_the_finding_is_that_of_the_last_step_that_all_trainings_have():
+    rows = [
+        {
+            "seed": seed,
+            "step": step,
+            "similarity": key,
+            "kind": kind,
+            "auc": auc,
+            "planted": 0.5,
+            "others": 0.1,
+        }
+        for seed, steps in ((1, (0, 10, 100)), (2, (0, 10)))
+        for step in steps
+        for key in ("nmi", "aligned", "output")
+        for kind in duplicates.KINDS
+        for auc in [0.9 if step == 10 else 0.6]
+    ]
+    told = trained_nmi.duplicates_finding(pd.DataFrame(rows))
+    assert told.startswith("After 10 steps")
+    assert "with probability 0.90 ± 0.00" in told
