@@ -49,7 +49,7 @@ def study(names: Sequence[str], full: bool, jobs: int) -> None:
 @click.argument("name")
 @output("Folder to make.", required=True)
 def miniature(name: str, output: Path, overwrite: bool) -> None:
-    """Build the laptop model NAME: smol-mixtral, smol-qwen, smol-deepseek, or dense, their source."""
+    """Build the laptop model NAME: smol-qwen, or dense, which it is split from."""
     from moeits.study.miniature import build
 
     with options.new_folder(output, overwrite) as target:

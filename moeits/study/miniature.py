@@ -1,10 +1,10 @@
-"""The laptop models: small Mixture-of-Experts models carved out of a dense language model.
+"""The laptop's split model: a small Mixture-of-Experts model carved out of a dense language model.
 
 In each layer the hidden neurons of the dense feed-forward network become always-on shared neurons and routed
 experts. The shared ones carry the most energy; the others are put into experts of equal size with those they
 fire together with. A linear router learns which experts a token excites most, and the down projections are
 refitted by least squares to the dense layer's output, layer after layer through what is already carved. The
-result is a plain checkpoint of a transformers class. Its experts were carved, not trained as experts.
+result is a plain checkpoint of Qwen2-MoE. Its experts were carved, not trained as experts.
 
 Related: MoEfication (doi:10.18653/v1/2022.findings-acl.71) and CMoE (doi:10.48550/arXiv.2502.04416) build
 experts out of dense layers by co-activation as well.
@@ -15,7 +15,7 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
 )
 
 from moeits import corpus
@@ -41,6 +41,9 @@ from moeits.healing.refit import least_squares, product
 from moeits.machine.devices import choose
 from moeits.machine.paths import CACHE, package_folder, whole
 from moeits.models.folder import check_target
+
+NAMES = ("smol-qwen", "dense")
+"""What can be built: the split model, and the dense model that it is carved from."""
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BLOCK = 512  # tokens per block of calibration and held-out text
@@ -53,30 +56,24 @@ _ROUTER_RIDGE = 1e-2  # relative to the mean of the Gram matrix's diagonal
 
 @dataclass(frozen=True)
 class Layout:
-    """What a laptop model looks like.
+    """What a carved layer looks like; by default as in smol-qwen.
 
     Attributes
     ----------
-    model_type : {"mixtral", "qwen2_moe", "glm4_moe"}
-        The transformers class, by its configuration's name.
     shared : int
-        Always-on neurons of a carved layer.
+        Always-on neurons.
     experts : int
-        Routed experts of a carved layer; they share the remaining neurons equally.
+        Routed experts; they share the remaining neurons equally.
     active : int
         Experts per token (top-k).
-    dense_layers : int
-        First layers that stay as they were.
     router_scale : float
         Factor on the router's rows. A softmax of small logits is uniform but keeps their order, so that every
-        chosen expert counts the same; a sigmoid of unscaled logits estimates the expert's relevance.
+        chosen expert counts the same.
     """
 
-    model_type: str
-    shared: int
-    experts: int
-    active: int
-    dense_layers: int = 0
+    shared: int = 960
+    experts: int = 24
+    active: int = 8
     router_scale: float = 1e-3
 
     def expert_size(self, neurons: int) -> int:
@@ -95,91 +92,18 @@ class Layout:
             )
         if not 1 <= self.active <= self.experts:
             raise MoeitsError(f"{self.active} active experts of {self.experts}: choose 1 to {self.experts}")
-        if self.shared and _FORMS[self.model_type].shared is None:
-            raise MoeitsError(f"{self.model_type} has no shared expert: set shared to 0")
-        if self.model_type == "glm4_moe" and self.shared % size:
-            raise MoeitsError(
-                f"glm4_moe counts shared neurons in experts: {self.shared} is no multiple of {size}"
-            )
-        if self.model_type == "mixtral" and self.dense_layers:
-            raise MoeitsError("mixtral has experts in every layer: set dense_layers to 0")
         return size
 
-    def active_share(self, neurons: int, layers: int) -> float:
-        """Share of all feed-forward neurons that a token uses, dense layers and shared neurons included."""
-        carved = (self.shared + self.active * self.expert_size(neurons)) / neurons
-        return (self.dense_layers + (layers - self.dense_layers) * carved) / layers
+    def active_share(self, neurons: int) -> float:
+        """Share of a layer's neurons that a token uses, shared ones included."""
+        return (self.shared + self.active * self.expert_size(neurons)) / neurons
 
-
-LAYOUTS = {
-    "smol-mixtral": Layout("mixtral", shared=0, experts=8, active=6),
-    "smol-qwen": Layout("qwen2_moe", shared=960, experts=24, active=8),
-    "smol-deepseek": Layout("glm4_moe", shared=960, experts=36, active=11, dense_layers=1, router_scale=1.0),
-}
-
-
-@dataclass(frozen=True)
-class _Form:
-    """What a class calls the parts of a carved layer, and the settings that make the rest of it a Llama.
-
-    Attributes
-    ----------
-    settings : callable
-        Configuration of a layout with experts of a size, beyond what the dense model's says.
-    shared : str, optional
-        The shared expert's module.
-    gated : bool
-        Whether a sigmoid gate stands before the shared expert.
-    sigmoid : bool
-        Whether the router's weights are sigmoids, not a softmax normalised over the chosen experts.
-    """
-
-    settings: Callable[[Layout, int], dict[str, object]]
-    shared: str | None = None
-    gated: bool = False
-    sigmoid: bool = False
-
-
-_FORMS = {
-    "mixtral": _Form(
-        lambda layout, size: {
-            "num_local_experts": layout.experts,
-            "intermediate_size": size,
-            "sliding_window": None,
-        }
-    ),
-    "qwen2_moe": _Form(
-        lambda layout, size: {
-            "num_experts": layout.experts,
-            "moe_intermediate_size": size,
-            "shared_expert_intermediate_size": layout.shared,
-            "mlp_only_layers": list(range(layout.dense_layers)),
-            "norm_topk_prob": True,
-            "use_sliding_window": False,
-        },
-        shared="shared_expert",
-        gated=True,
-    ),
-    "glm4_moe": _Form(
-        lambda layout, size: {
-            "n_routed_experts": layout.experts,
-            "moe_intermediate_size": size,
-            "n_shared_experts": layout.shared // size,
-            "first_k_dense_replace": layout.dense_layers,
-            "norm_topk_prob": False,
-            "use_qk_norm": False,
-            "partial_rotary_factor": 1.0,
-            "num_nextn_predict_layers": 0,
-        },
-        shared="shared_experts",
-        sigmoid=True,
-    ),
-}
 
 _SAME_AS_LLAMA = (
     *(
         "vocab_size",
         "hidden_size",
+        "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
@@ -198,12 +122,12 @@ def build(
     layers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Make a laptop model.
+    """Make the split model, or the dense one that it is carved from.
 
     Parameters
     ----------
-    name : {"smol-mixtral", "smol-qwen", "smol-deepseek", "dense"}
-        ``"dense"`` is the model that the others are carved from.
+    name : {"smol-qwen", "dense"}
+        Which one.
     folder : path
         A new folder, written whole or not at all: a checkpoint with its tokenizer, and ``miniature.json``.
     tokens : int
@@ -221,27 +145,25 @@ def build(
     Raises
     ------
     MoeitsError
-        If there is no laptop model of that name.
+        If there is no model of that name.
     ExistsError
         If the folder exists.
     MissingError
         If a data package is not installed.
     """
-    if name != "dense" and name not in LAYOUTS:
-        raise MoeitsError(f"unknown laptop model {name!r}: expected one of {', '.join(LAYOUTS)} (or dense)")
+    if name not in NAMES:
+        raise MoeitsError(f"unknown laptop model {name!r}: expected one of {', '.join(NAMES)}")
     folder = check_target(folder)
+    source = dense(layers=layers)
     if name == "dense":
         with whole(folder) as part:
-            shutil.copytree(dense(layers=layers), part)
+            shutil.copytree(source, part)
         return folder
-    source = dense(layers=layers)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = LlamaForCausalLM.from_pretrained(source, dtype=choose("cpu")[1])
     calibration = _blocks("calibration", tokenizer, tokens)
     heldout = _blocks("heldout", tokenizer, _HELDOUT)
-    carved, report = carve(
-        model, LAYOUTS[name], calibration, heldout=heldout, progress=name if progress else None
-    )
+    carved, report = carve(model, Layout(), calibration, heldout=heldout, progress=name if progress else None)
     whole_report = {
         "name": name,
         **report,
@@ -253,7 +175,7 @@ def build(
 
 
 def dense(folder: Path | str | None = None, *, layers: int | None = None) -> Path:
-    """Return the dense model that the laptop models are carved from, SmolLM2-135M-Instruct, as a checkpoint.
+    """Return the dense model that smol-qwen is carved from, SmolLM2-135M-Instruct, as a checkpoint.
 
     Parameters
     ----------
@@ -282,7 +204,7 @@ def dense(folder: Path | str | None = None, *, layers: int | None = None) -> Pat
             folder = folder.with_name(f"{folder.name}-{layers}")
     folder = Path(folder)
     if not folder.exists():
-        with whole(folder) as part:
+        with whole(folder, once=True) as part:
             _save_dense(package, part) if layers is None else _save_first_layers(dense(), part, layers)
     return folder
 
@@ -390,7 +312,7 @@ def carve(
     Returns
     -------
     carved : PreTrainedModel
-        Model of the layout's class.
+        A Qwen2-MoE model.
     report : dict
         The layout, expert size, share of active neurons per token, and the perplexity on held-out text.
 
@@ -409,18 +331,14 @@ def carve(
     for index, layer in enumerate(layers):
         prefix = f"model.layers.{index}.mlp."
         hidden = stream.attend(layer)
-        if index < layout.dense_layers:
-            stream.add(layer.mlp(hidden))
-            state |= {prefix + key: value for key, value in layer.mlp.state_dict().items()}
-        else:
-            tensors, output = _carve_layer(layer.mlp, hidden, stream.states.flatten(0, 1), fit, layout)
-            stream.add(output)
-            state |= {prefix + key: value for key, value in tensors.items()}
+        tensors, output = _carve_layer(layer.mlp, hidden, stream.states.flatten(0, 1), fit, layout)
+        stream.add(output)
+        state |= {prefix + key: value for key, value in tensors.items()}
     carved = _assemble(model, layout, size, state)
     report = {
         "layout": asdict(layout),
         "expert_size": size,
-        "active_share": layout.active_share(neurons, len(model.model.layers)),
+        "active_share": layout.active_share(neurons),
         "calibration_tokens": calibration.numel(),
     }
     if heldout is not None:
@@ -435,7 +353,6 @@ def _carve_layer(
     mlp: torch.nn.Module, hidden: Tensor, states: Tensor, fit: slice, layout: Layout
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Carve one layer: its tensors by their names in the class, and its output on all tokens."""
-    form = _FORMS[layout.model_type]
     gate, up, down = (p.weight for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))  # (n, d), (n, d), (d, n)
     fired = mlp.act_fn(hidden @ gate.T) * (hidden @ up.T)  # (tokens, n)
     wanted = fired @ down.T  # (tokens, d)
@@ -448,7 +365,7 @@ def _carve_layer(
     energy = (size.square() @ member[:-1].T).float()  # (tokens, E)
     router = fit_router(hidden[fit], energy, layout.active) * layout.router_scale  # (E, d)
     router = router.to(torch.bfloat16).to(fired.dtype)  # as it will be stored
-    weights = route(hidden, router, layout.active, sigmoid=form.sigmoid)  # (tokens, E)
+    weights = route(hidden, router, layout.active)  # (tokens, E)
 
     # Relative to its mean while active, a weight is near one and the dense down projection a good start.
     typical = weights[fit].sum(0) / (weights[fit] > 0).sum(0).clamp(min=1)
@@ -462,18 +379,12 @@ def _carve_layer(
         "gate.weight": router,
         "experts.gate_up_proj": torch.cat([gate[experts], up[experts]], dim=1),
         "experts.down_proj": fitted[experts].mT / typical[:, None, None],
-    }
-    if form.sigmoid:
-        tensors["gate.e_score_correction_bias"] = torch.zeros(layout.experts)
-    if form.shared:
+        "shared_expert.gate_proj.weight": gate[shared],
+        "shared_expert.up_proj.weight": up[shared],
         # A gate of zeros lets one half through.
-        tensors |= {
-            f"{form.shared}.gate_proj.weight": gate[shared],
-            f"{form.shared}.up_proj.weight": up[shared],
-            f"{form.shared}.down_proj.weight": fitted[shared].T * (2 if form.gated else 1),
-        }
-        if form.gated:
-            tensors[f"{form.shared}_gate.weight"] = torch.zeros(1, hidden.shape[1])
+        "shared_expert.down_proj.weight": fitted[shared].T * 2,
+        "shared_expert_gate.weight": torch.zeros(1, hidden.shape[1]),
+    }
     return tensors, mixed @ fitted.to(mixed.dtype)
 
 
@@ -564,7 +475,7 @@ def fit_router(hidden: Tensor, energy: Tensor, active: int) -> Tensor:
     Returns
     -------
     Tensor of float32, shape (E, d)
-        Rows whose sigmoid estimates the probability that the expert is one of the `active` best.
+        The more probable that an expert is one of the `active` best, the larger its logit.
     """
     best = torch.zeros_like(energy).scatter_(1, energy.topk(active, dim=1).indices, 1.0)
     gram = product(hidden, hidden).double() / (4 * len(hidden))
@@ -580,8 +491,8 @@ def fit_router(hidden: Tensor, energy: Tensor, active: int) -> Tensor:
     return router.T
 
 
-def route(hidden: Tensor, router: Tensor, active: int, *, sigmoid: bool) -> Tensor:
-    """Weights of all experts: those of the `active` best of every token, zero for the others.
+def route(hidden: Tensor, router: Tensor, active: int) -> Tensor:
+    """Weights of all experts: a softmax over the `active` best of every token, zero for the others.
 
     Parameters
     ----------
@@ -591,18 +502,14 @@ def route(hidden: Tensor, router: Tensor, active: int, *, sigmoid: bool) -> Tens
         The router's rows.
     active : int
         Experts per token.
-    sigmoid : bool
-        Whether weights are sigmoids of the logits; else a softmax, divided by its sum over the chosen.
 
     Returns
     -------
     Tensor of float32, shape (tokens, E)
     """
     logits = (hidden @ router.T).float()
-    scores, chosen = (logits.sigmoid() if sigmoid else logits.softmax(dim=1)).topk(active, dim=1)
-    if not sigmoid:
-        scores = scores / scores.sum(dim=1, keepdim=True)
-    return torch.zeros_like(logits).scatter_(1, chosen, scores)
+    scores, chosen = logits.softmax(dim=1).topk(active, dim=1)
+    return torch.zeros_like(logits).scatter_(1, chosen, scores / scores.sum(dim=1, keepdim=True))
 
 
 def refit(mixed: Tensor, wanted: Tensor, start: Tensor, influence: Tensor) -> Tensor:
@@ -629,12 +536,16 @@ def refit(mixed: Tensor, wanted: Tensor, start: Tensor, influence: Tensor) -> Te
 def _assemble(
     model: LlamaForCausalLM, layout: Layout, size: int, state: dict[str, Tensor]
 ) -> PreTrainedModel:
-    """Model of the layout's class with the tensors of `state`; biases that a Llama has not are zero."""
-    config = AutoConfig.for_model(
-        layout.model_type,
+    """Qwen2-MoE model with the tensors of `state`; biases that a Llama has not are zero."""
+    config = Qwen2MoeConfig(
         **{name: getattr(model.config, name) for name in _SAME_AS_LLAMA},
-        **{"intermediate_size": model.config.intermediate_size, "num_experts_per_tok": layout.active}
-        | _FORMS[layout.model_type].settings(layout, size),
+        num_experts=layout.experts,
+        num_experts_per_tok=layout.active,
+        moe_intermediate_size=size,
+        shared_expert_intermediate_size=layout.shared,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        use_sliding_window=False,
     )
     with torch.random.fork_rng([]):
         carved = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
