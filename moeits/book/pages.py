@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 from moeits.errors import MissingError, MoeitsError
 from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import CACHE, ROOT
-from moeits.study.records import Record, environment, read
+from moeits.study.records import Record, environment, locate, read
 
 _PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
 _FILES = {"svg": "SVG", "pdf": "PDF", "csv": "data (CSV)"}
@@ -105,10 +105,7 @@ def find_record(record: str, folder: Path) -> Path:
     MissingError
         If neither the folder, nor one in its ``study``, ``results`` or ``reference`` holds it.
     """
-    # What was measured here, in results, goes before the copy in reference. Elsewhere others may be writing.
-    places = ("", "study/*/", "reference/*/", "results/*/")
-    found = (path for place in places for path in Path(folder).glob(f"{place}*-{record}.json"))
-    path = max(found, default=None)
+    path = locate(record, folder)
     if path is None:
         raise MissingError(f"a figure or table names the record {record!r}, which is not in {folder}")
     return path

@@ -510,6 +510,11 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
     MissingError
         If the model has not been trained.
     """
+    return measurement(name, sizes=sizes, folder=folder).answer()
+
+
+def measurement(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) -> Measurement:
+    """Make the measurement of :func:`measure`."""
     plan = trained.find(name)
     text = corpus.load("heldout")
     inputs = {
@@ -535,7 +540,7 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
         return [row(model=name, **one) for one in rows], details
 
     how = {"device": "cpu", "dtype": "float32"}
-    return Measurement(folder or RECORDS, STEP, inputs, run, provenance=how).answer()
+    return Measurement(folder or RECORDS, STEP, inputs, run, provenance=how)
 
 
 def measure_all(names: Iterable[str] = (), *, jobs: int = 1) -> list[Record]:

@@ -61,6 +61,11 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
         bits of the documents with even and with odd numbers; the same of the ``unpruned`` model, their
         ``bytes``; and of ``methods``, the number of the subset that each keeps.
     """
+    return measurement(name, sizes=sizes, folder=folder).answer()
+
+
+def measurement(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) -> Measurement:
+    """Make the measurement of :func:`measure`."""
     from moeits.models.families import expert_block, moe_layers
     from moeits.nmi import nmi_matrix
     from moeits.selection import select_experts
@@ -113,7 +118,7 @@ def measure(name: str, *, sizes: Sizes = Sizes(), folder: Path | None = None) ->
         }
 
     folder = folder or anatomy.RECORDS
-    return Measurement(folder, STEP, inputs, run, provenance={"device": "cpu", "dtype": "float32"}).answer()
+    return Measurement(folder, STEP, inputs, run, provenance={"device": "cpu", "dtype": "float32"})
 
 
 def greedy(loss: Callable[[Subset], float], experts: int, layers: int, floor: int) -> Subset:

@@ -45,6 +45,39 @@ def study(names: Sequence[str], full: bool, jobs: int) -> None:
             click.echo(f"{record.step} {record.inputs['model']}: {record.id}")
 
 
+@_command(
+    examples=(
+        "moeits reproduce 01d6707bb05fd025-4735c11d",
+        "moeits reproduce data/reference/laptop/scores-586d499d2453df4f-c60ecf20.json",
+    )
+)
+@click.argument("record")
+def reproduce(record: str) -> None:
+    """Take the measurement of RECORD, an id or a file, again with today's code, and compare.
+
+    Exits with 1 where a result differs by more than 1 %. Times, speeds and memory are shown apart.
+    """
+    from moeits.study import records, reference
+    from moeits.study import reproduce as again
+
+    file = again.find(record)
+    committed = records.read(file)
+    measurement = again.measurement(committed, file.parent.name)
+    click.echo(
+        f"{file.name}: taken at commit {committed.provenance.get('commit')}, {committed.seconds:.0f} s"
+    )
+    table = reference.compare(committed, measurement.take())
+    timed = table.unit.isin(reference.SPEEDS)
+    wrong = table[~timed & reference.beyond(table)]
+    for title, part in (("results", table[~timed]), ("time, memory and energy", table[timed])):
+        if len(part):
+            shown = part.drop(columns=["step", "model"]).dropna(axis="columns", how="all").fillna("")
+            click.echo(f"{title}:\n{shown.to_string(index=False, float_format='{:.6g}'.format)}")
+    click.echo(f"{len(wrong)} of {(~timed).sum()} results differ by more than {reference.TOLERANCE:.0%}")
+    if len(wrong):
+        click.get_current_context().exit(1)
+
+
 @_command(examples=("moeits miniature smol-qwen -o path/to/smol-qwen",))
 @click.argument("name")
 @output("Folder to make.", required=True)
@@ -211,4 +244,4 @@ def compare(first: Path, second: Path, as_json: bool, output: Path | None, overw
         click.get_current_context().exit(1)
 
 
-COMMANDS = (train, study, miniature, standin, ablate, rivals, compare)
+COMMANDS = (train, study, reproduce, miniature, standin, ablate, rivals, compare)

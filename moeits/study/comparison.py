@@ -162,7 +162,7 @@ class Comparison:
         Parameters
         ----------
         step : {"rival", "final", "oracle", "speed", "statistics"}
-            Step of the records.
+            Step of the records; of others there are none.
         """
         match step:
             case "rival":
@@ -177,8 +177,10 @@ class Comparison:
                 return [self._oracle]
             case "speed":
                 return [self._speed(*form) for form in self.forms]
-            case _:
+            case "statistics":
                 return [self._statistics(text) for text in ("calibration", "random")]
+            case _:
+                return []
 
     def found(self, step: str = "rival") -> list[Record]:
         """Find the :meth:`measurements` of a kind that were taken before."""

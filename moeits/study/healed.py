@@ -86,6 +86,11 @@ def measure(name: str, *, sizes: Sizes | None = None, folder: Path | None = None
     MissingError
         If the model has not been trained.
     """
+    return measurement(name, sizes=sizes, folder=folder).answer()
+
+
+def measurement(name: str, *, sizes: Sizes | None = None, folder: Path | None = None) -> Measurement:
+    """Make the measurement of :func:`measure`."""
     from moeits.study import anatomy, corpus, trained, trials
 
     sizes = sizes or Sizes()
@@ -105,7 +110,7 @@ def measure(name: str, *, sizes: Sizes | None = None, folder: Path | None = None
         return _heal_all(name, kept, read, sizes)
 
     how = {"device": "cpu", "dtype": "float32"}
-    return Measurement(folder or anatomy.RECORDS, STEP, inputs, run, provenance=how).answer()
+    return Measurement(folder or anatomy.RECORDS, STEP, inputs, run, provenance=how)
 
 
 def _heal_all(

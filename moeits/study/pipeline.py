@@ -248,6 +248,33 @@ class Study:
         own = self.settings.tau
         return [(None, None), (own, None), *([(own, "lora")] if (own, "lora") in self.healings else [])]
 
+    def measurements(self, step: str) -> Iterator[Measurement]:
+        """Go through all measurements of a kind that can be taken of this model, as the settings are now.
+
+        Parameters
+        ----------
+        step : str
+            Step of the records: ``"nmi"``, ``"scores"``, ``"protocol"``, ``"healing"`` or ``"green"``; of
+            others there are none.
+        """
+        ways = filter(self.profile.can_heal, HEALINGS)
+        healed = product(self.ablation_taus, ways, range(self.profile.ablation_seeds))
+        match step:
+            case "nmi":
+                yield self._nmi
+            case "scores":
+                yield self._scores()
+                yield from map(self._scores, self.ablation_taus)
+                yield from self._controls(self.settings.tau)
+                yield from (self._scores(*at) for at in healed)
+            case "protocol":
+                for protocol, (tau, way) in product(self.profile.protocols, self.protocol_states):
+                    yield self._scores(tau, way, protocol=protocol)
+            case "healing":
+                yield from (self._healing(*at) for at in healed)
+            case "green":
+                yield self._green
+
     def _recipe(self, way: str, seed: int) -> Recipe | None:
         recipe = self.profile.healing
         if "lora" not in way or recipe is None:
@@ -327,6 +354,10 @@ class Study:
     @by_value
     def green(self) -> Record:
         """Record of what the model costs at its own tau: memory, bytes, speed, energy, by variant."""
+        return self._green.record()
+
+    @property
+    def _green(self) -> Measurement:
         from moeits.study.cost import VARIANTS
 
         kept = self._kept(self.settings.tau)
@@ -335,7 +366,7 @@ class Study:
             "variants": [name for name in VARIANTS if name != "int8" or self._place["device"] == "cpu"],
         }
         measure = partial(self._measure_costs, kept, inputs["variants"])
-        return self.measurement("green", inputs, measure, **self._place).record()
+        return self.measurement("green", inputs, measure, **self._place)
 
     def _measure_costs(self, kept: dict[int, list[int]], variants: list[str]) -> tuple[list[dict], dict]:
         from moeits.study.cost import compare_costs
@@ -418,16 +449,17 @@ class Study:
         tau : float
             Intensity, which sets the number of experts of every layer.
         """
+        return [measurement.record() for measurement in self._controls(tau)]
+
+    def _controls(self, tau: float) -> Iterator[Measurement]:
         counts = {layer: len(chosen.kept) for layer, chosen in self.selections(tau).items()}
-        measured = []
         for draw in range(self.profile.random_draws):
             rng = np.random.default_rng([self.profile.seed, draw])
             kept = {
                 layer: sorted(rng.choice(len(self.matrices[layer]), count, replace=False).tolist())
                 for layer, count in counts.items()
             }
-            measured.append(self._scores(tau, kept=kept, method=f"random {draw}", tasks=[]).record())
-        return measured
+            yield self._scores(tau, kept=kept, method=f"random {draw}", tasks=[])
 
     @property
     def _matrices_file(self) -> Path:

@@ -24,7 +24,7 @@ import pandas as pd
 
 from moeits.errors import MissingError, MoeitsError
 from moeits.machine.keys import digest, file_digest, versions
-from moeits.machine.paths import ROOT, whole
+from moeits.machine.paths import DATA, ROOT, whole
 
 SCHEMA = 2
 ROW_KEYS = {
@@ -182,6 +182,17 @@ def find(folder: Path, step: str, inputs: Mapping[str, Any]) -> list[Record]:
     """Find the records that answer a question, whatever made them; the newest comes last."""
     found = [read(path) for path in _files(folder, step, identity(step, inputs))]
     return sorted(found, key=lambda record: record.age)
+
+
+PLACES = ("study/*/", "reference/*/", "results/*/")
+"""Folders of records, below ``data``."""
+
+
+def locate(record: str, folder: Path = DATA) -> Path | None:
+    """Find the file of a record by its id, in a folder or in its :data:`PLACES`."""
+    # What was measured here, in results, goes before the copy in reference. Elsewhere others may be writing.
+    found = (path for place in ("", *PLACES) for path in Path(folder).glob(f"{place}*-{record}.json"))
+    return max(found, default=None)
 
 
 def _files(folder: Path, step: str, asked: str = "?" * 16) -> list[Path]:

@@ -15,6 +15,7 @@ from moeits.study import profiles, records
 from moeits.study.comparison import Comparison
 from moeits.study.measurement import Measurement
 from moeits.study.profiles import Profile
+from moeits.study.records import Record
 
 REFERENCE = DATA / "reference" / "laptop"
 _MARKS = "<!-- results of the laptop profile, by make reference -->", "<!-- end of the results -->"
@@ -92,18 +93,39 @@ def check(reference: Path = REFERENCE, sample: Iterable[Measurement] | None = No
                 f"{reference} holds no {measurement.step} record of {dict(measurement.inputs)}: "
                 "where the settings have changed, run `make book` and `make reference`"
             )
-        both = records.frame(committed[-1:]).merge(
-            records.frame([measurement.take()]), on=["step", *_ROW], suffixes=("", " again"), how="outer"
-        )
-        lines.append(both[~both.unit.isin(_SPEEDS)])
-    table = pd.concat(lines)[["step", *_ROW, "value", "value again"]]
-    table["difference"] = (table["value again"] / table.value - 1).where(
-        table.value != table["value again"], 0
-    )
-    wrong = table[~(table.difference.abs() <= TOLERANCE)]
+        found = compare(committed[-1], measurement.take())
+        lines.append(found[~found.unit.isin(SPEEDS)])
+    table = pd.concat(lines)
+    wrong = table[beyond(table)]
     if len(wrong):
         raise MoeitsError(f"these results are not those that are committed:\n{wrong.to_string(index=False)}")
     return table
+
+
+def compare(committed: Record, again: Record) -> pd.DataFrame:
+    """Put two answers to one question side by side.
+
+    Parameters
+    ----------
+    committed, again : Record
+        The answers.
+
+    Returns
+    -------
+    DataFrame
+        Step, model, method, task, metric, variant, unit, ``value``, ``value again`` and ``difference``, the
+        relative one; NaN where one of the two has no such row.
+    """
+    key = ["step", *_ROW]
+    before, now = (records.frame([one]).reindex(columns=[*key, "value"]) for one in (committed, again))
+    table = before.merge(now, on=key, suffixes=("", " again"), how="outer")
+    ratio = (table["value again"] / table.value).where(table.value != table["value again"], 1)
+    return table.assign(difference=ratio - 1)
+
+
+def beyond(table: pd.DataFrame) -> "pd.Series[bool]":
+    """Tell which lines of :func:`compare` differ by more than :data:`TOLERANCE`."""
+    return ~(table.difference.abs() <= TOLERANCE)
 
 
 def _sample() -> list[Measurement]:
@@ -124,7 +146,9 @@ TOLERANCE = 0.01
 """Relative difference up to which two machines agree."""
 
 _ROW = ["model", "method", "task", "metric", "variant", "unit"]
-_SPEEDS = ("s", "bytes", "tokens/s", "token/s")
+
+SPEEDS = ("s", "bytes", "tokens/s", "token/s", "J/token")
+"""Units of time, speed, memory and energy, which differ from run to run."""
 
 
 def summary(folder: Path, profile: Profile) -> pd.DataFrame:

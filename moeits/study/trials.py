@@ -139,6 +139,13 @@ def measure(name: str, step: str = STEP, *, sizes: Sizes | None = None, folder: 
     MissingError
         If the model has not been trained.
     """
+    return measurement(name, step, sizes=sizes, folder=folder).answer()
+
+
+def measurement(
+    name: str, step: str = STEP, *, sizes: Sizes | None = None, folder: Path | None = None
+) -> Measurement:
+    """Make the measurement of :func:`measure`."""
     from moeits.study import anatomy, corpus, trained
 
     text = corpus.load("heldout")
@@ -156,7 +163,7 @@ def measure(name: str, step: str = STEP, *, sizes: Sizes | None = None, folder: 
         return trial(name, trained.load(name), read, corpus.load("calibration").ids, sizes, step)
 
     folder = folder or anatomy.RECORDS
-    return Measurement(folder, step, inputs, run, provenance={"device": "cpu", "dtype": "float32"}).answer()
+    return Measurement(folder, step, inputs, run, provenance={"device": "cpu", "dtype": "float32"})
 
 
 def trial(
