@@ -12,7 +12,7 @@ RUN := $(OFFLINE) TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(BIN)
 PYTEST := OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock lint format test test-fast book book-student book-pdf ablation rivals train study study-full
+.PHONY: help env lock lint format test test-fast book preview book-student book-pdf ablation rivals train study study-full
 .PHONY: bench paper-check reference check-records interop wheel clean
 
 help: ## list the targets
@@ -35,6 +35,9 @@ lock: ## resolve the two locks anew from pyproject.toml
 
 book: env ## run the pipeline and the notebooks of PROFILE and render book/_build/html/index.html
 	$(RUN)moeits run --profile $(PROFILE)
+
+preview: env ## render the book from the committed records of PROFILE, and measure nothing
+	$(RUN)moeits run --profile $(PROFILE) --preview
 
 book-student: env ## the same without the solutions of the exercises, as book/_build/student/index.html
 	$(RUN)moeits run --profile $(PROFILE) --student

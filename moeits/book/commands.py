@@ -1,5 +1,7 @@
 """The book's command: run notebooks, or everything, and render the book."""
 
+import os
+
 import click
 
 from moeits.options import Command, profile_option, values
@@ -26,6 +28,7 @@ from moeits.options import Command, profile_option, values
 )
 @click.option("--render", is_flag=True, help="Render the book with the page of NOTEBOOK.")
 @click.option("--student", is_flag=True, help="Render the book without the solutions of its exercises.")
+@click.option("--preview", is_flag=True, help="Measure nothing: render the book from the committed records.")
 @click.option("--dry-run", is_flag=True, help="Only estimate what every step takes, and whether it fits.")
 @click.option("--on", "gpu", help="GPU to estimate for, such as h100.  [default: this machine]")
 def run(
@@ -35,6 +38,7 @@ def run(
     parameters: tuple[str, ...],
     render: bool,
     student: bool,
+    preview: bool,
     dry_run: bool,
     gpu: str | None,
 ) -> None:
@@ -45,14 +49,16 @@ def run(
     if gpu:
         raise click.UsageError("--on belongs to --dry-run")
     from moeits.book.run import build_book, run_notebook, run_profile
-    from moeits.study import profiles
+    from moeits.study import profiles, records
 
     if notebook is None:
         if parameters or target or render:
             raise click.UsageError("--parameter, --target and --render belong to a NOTEBOOK")
+        if preview:
+            os.environ[records.PREVIEW] = "1"  # for the notebooks' processes, too
         click.echo(f"the book is at {run_profile(profiles.load(profile), student=student, say=click.echo)}")
-    elif student:
-        raise click.UsageError("--student belongs to the book, not to a NOTEBOOK")
+    elif student or preview:
+        raise click.UsageError("--student and --preview belong to the book, not to a NOTEBOOK")
     else:
         given = {"profile": profile} | values("-p", parameters)
         click.echo(run_notebook(notebook, target=target, parameters=given))

@@ -17,9 +17,13 @@ from nbformat import NotebookNode
 from moeits.errors import MissingError, MoeitsError
 from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import CACHE, ROOT
-from moeits.study.records import Record, environment, locate, read
+from moeits.study.records import Record, environment, in_preview, locate, read
 
 _PLACEHOLDER = re.compile(r"\{\{ (\w+) \}\}")
+_PREVIEW = """:::{note}
+A preview: this page shows the committed records of `data/reference` and `data/study`. Nothing was measured
+for it; `make book` measures.
+:::"""
 _FILES = {"svg": "SVG", "pdf": "PDF", "csv": "data (CSV)"}
 
 
@@ -83,6 +87,8 @@ def make_page(
             side = output.metadata.pop("moeits")
             shown.append(side)
             cells += [(_figure if "alt" in side else _table)(output, side), _downloads(side, files)]
+    if in_preview():
+        cells.insert(1, _markdown("preview", _PREVIEW))
     for cell in cells:
         if cell.cell_type == "markdown":
             cell.source = _refer(_fill(cell.source, values, about["notebook"]), shown, variant)

@@ -31,7 +31,7 @@ from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.study import comparison, pipeline
 from moeits.study.profiles import Profile
-from moeits.study.records import lock_digest
+from moeits.study.records import in_preview, lock_digest
 
 _NOTEBOOKS_AT_ONCE = 4  # each holds some gigabytes
 SOLUTIONS = "Solutions"  # the part of the contents that the students' book leaves out
@@ -255,7 +255,8 @@ class Page:
     def inputs(self) -> str:
         """Hash of everything that the page depends on."""
         places = [self.source, ROOT / "moeits", DATA / "paper", DATA / "profiles", *self.depends]
-        return digest([self.target, self.given, self.kernel, lock_digest(), _contents(places)])
+        shown = [self.target, self.given, self.kernel, lock_digest(), _contents(places)]
+        return digest([*shown, "preview"] if in_preview() else shown)
 
     def is_current(self) -> bool:
         """Whether the page is there and nothing has changed since it was made."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moeits.errors import MissingError
 from moeits.machine.keys import by_value, code_digest, versions
 from moeits.machine.paths import check_writable
 from moeits.study import energy, records
@@ -67,11 +68,27 @@ class Measurement:
         return Path(self.folder) / f"{self.step}-{self.key}.json"
 
     def exists(self) -> bool:
-        """Whether it was taken before."""
-        return self.path.exists()
+        """Whether it was taken before; in a preview, whether a committed record answers it."""
+        return bool(self._committed()) if records.in_preview() else self.path.exists()
+
+    def _committed(self) -> list[Record]:
+        return records.find(records.committed(Path(self.folder).name), self.step, self.inputs)
 
     def record(self) -> Record:
-        """Find its record, or take it."""
+        """Find its record, or take it; in a preview, find the committed one.
+
+        Raises
+        ------
+        MissingError
+            If nothing is measured, in a preview, and there is no committed record.
+        """
+        if records.in_preview():
+            if not (answers := self._committed()):
+                raise MissingError(
+                    f"no {self.step} record of {self.inputs.get('model')} in data/reference answers what "
+                    "the settings ask: run `make book`, which measures"
+                )
+            return answers[-1]
         if not self.exists():
             check_writable(self.folder)
             records.write(self.folder, self.take())

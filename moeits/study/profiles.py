@@ -15,6 +15,7 @@ from moeits.errors import MoeitsError
 from moeits.healing.recipe import Recipe
 from moeits.machine.paths import DATA
 from moeits.settings import Strict
+from moeits.study import records
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -235,8 +236,13 @@ def load(name: str, *, folder: Path = DATA / "profiles", **overrides: Any) -> Pr
     ------
     MoeitsError
         Unknown profile, unknown setting or a value out of range; the message names what is known.
+    MissingError
+        If, in a preview, the profile has no committed records.
     """
     settings = _settings(name, folder)
+    if records.in_preview():  # nothing is measured, wherever the committed ones were
+        place = records.latest("scores", records.committed(name)).inputs
+        settings |= {key: place[key] for key in ("device", "dtype")}
     settings |= {key: value for key, value in overrides.items() if value is not None}
     parts = {"models": ModelSettings, "healing": Recipe}
     return Profile.make(f"profile {name!r}", {"name": name, **settings}, parts)

@@ -8,6 +8,7 @@ the code behind it has changed (see :mod:`moeits.study.measurement`).
 
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -182,6 +183,20 @@ def find(folder: Path, step: str, inputs: Mapping[str, Any]) -> list[Record]:
     """Find the records that answer a question, whatever made them; the newest comes last."""
     found = [read(path) for path in _files(folder, step, identity(step, inputs))]
     return sorted(found, key=lambda record: record.age)
+
+
+PREVIEW = "MOEITS_PREVIEW"
+"""Environment variable that says that nothing is measured: what is committed is shown."""
+
+
+def in_preview() -> bool:
+    """Whether :data:`PREVIEW` is set."""
+    return bool(os.environ.get(PREVIEW))
+
+
+def committed(profile: str) -> Path:
+    """Folder of a profile's committed records."""
+    return DATA / "reference" / profile
 
 
 PLACES = ("study/*/", "reference/*/", "results/*/")
