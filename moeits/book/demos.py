@@ -13,7 +13,6 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from moeits.histograms import as_float, discretise, joint_entropy
-from moeits.models.checkpoint import expert_blocks
 from moeits.nmi import nmi, nmi_matrix, nmi_zscores
 from moeits.selection import DIAGONALS, select_experts
 from moeits.study import paper, planted
@@ -426,6 +425,8 @@ def null_models(studies: Mapping[str, "Study"], *, every: int, diagonal: str, se
     DataFrame
         As :func:`null_layers`, with the column model.
     """
+    from moeits.models.checkpoint import expert_blocks
+
     tables = []
     for name, study in studies.items():
         blocks = list(expert_blocks(study.folder))[::every]

@@ -75,6 +75,9 @@ class Study:
         """Folder of the unpruned checkpoint: built, downloaded or as given."""
         kind, _, rest = self.source.partition(":")
         if kind == "trained":
+            here = DATA / "models" / rest
+            if (here / "training.json").exists():
+                return here  # without importing what trains, which takes seconds
             from moeits.study import trained
 
             return trained.finished_folder(rest)
