@@ -59,7 +59,10 @@ def test_settings_are_those_of_the_machine_that_measured(committed):
 
 
 def page(tmp_path):
-    metadata = {"kernelspec": {"name": "python3"}, "language_info": {"name": "python"}}
+    metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3"},
+        "language_info": {"name": "python"},
+    }
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title")], metadata=metadata)
     about = {"notebook": "x.ipynb", "page": "x"}
     return make_page(made, about=about, given={}, values={}, variant="", files=".", records=tmp_path)
