@@ -48,7 +48,7 @@ def study(names: Sequence[str], full: bool, jobs: int) -> None:
 @_command(
     examples=(
         "moeits reproduce 01d6707bb05fd025-4735c11d",
-        "moeits reproduce data/reference/laptop/scores-586d499d2453df4f-c60ecf20.json",
+        "moeits reproduce data/reference/laptop/nmi-2ff7cebe97c1a7e9-97664852.json",
     )
 )
 @click.argument("record")
