@@ -92,10 +92,10 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         less, or lies outside the folder.
     """
     folder = Path(folder)
-    if (folder / SINGLE).is_file():  # which transformers prefers, too
-        return read_header(inside(folder, SINGLE, "the folder"))
     if not (folder / INDEX).is_file():
-        raise MissingError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
+        if not (folder / SINGLE).is_file():
+            raise MissingError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read")
+        return read_header(inside(folder, SINGLE, "the folder"))
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
