@@ -14,7 +14,7 @@ from moeits.models.families import FAMILIES, decoder_layers, moe_layers
 from moeits.models.surgery import prune_model
 from moeits.models.unstack import ExpertList
 
-ALONE = {"llama4_text"}  # no switch for the implementation of its experts
+ALONE = {"dbrx", "llama4_text", "switch_transformers"}  # no switch for the implementation of their experts
 NORMED = {
     family
     for family in FAMILIES
