@@ -308,7 +308,7 @@ def prune(
 
     numbers = {name: value for name, value in budget.items() if value is not None}
     if kept is None or "tau" in numbers or len(numbers) > 1:
-        _budget(**budget, kept=kept)
+        _budget(**{name: {"kept": kept, **budget}[name] for name in ("tau", "kept", "n_keep", "share")})
     progress = not options.quiet()
     is_gguf = Path(model).is_file()
     if is_gguf and "tau" in numbers and not uniform:
@@ -320,7 +320,6 @@ def prune(
         raise click.UsageError(
             "--pad and --drop-mtp are for checkpoint folders: convert such a folder to GGUF"
         )
-    uniform = uniform or is_gguf
     form = gguf if is_gguf else checkpoint
     beside = {"drop_mtp": True} if drop_mtp else {}
     limited = {"at_least": at_least, "at_least_top_k": at_least_top_k, **beside}
@@ -329,14 +328,14 @@ def prune(
         limits = form.check_prunable(model, target, **numbers, **limited)
         if kept is None:
             measured = read_matrices(nmi) if nmi else _measure(model, preset=preset, n_jobs=n_jobs)
-            _, choice = choose(measured[0], measured[1] | limits, uniform=uniform, **numbers)
+            _, choice = choose(measured[0], measured[1] | limits, uniform=uniform or is_gguf, **numbers)
         else:
             choice = Kept.read(kept, partial(form.expert_counts, model))
             if numbers or uniform:
                 from moeits.criteria.folder import select_again
 
                 numbers = numbers or {"share": choice.share}
-                choice = select_again(choice, **numbers, uniform=uniform, **limits)
+                choice = select_again(choice, **numbers, uniform=uniform or is_gguf, **limits)
         if is_gguf:
             gguf.prune_gguf(model, target, choice, progress=progress)
         else:
