@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moeits.book.pages import find_record, make_page
 from moeits.errors import MissingError, MoeitsError
+from moeits.machine import devices
 from moeits.machine.keys import digest, file_digest
 from moeits.machine.paths import BOOK, CACHE, DATA, NOTEBOOKS, ROOT, whole
 from moeits.study import comparison, pipeline
@@ -515,6 +516,7 @@ def run_profile(
     """
     steps = measurements(profile)
     spent: dict[str, float] = {}
+    worked: dict[str, float] = {}  # seconds of all processes, by stage
     numbers = count(1)
     total = len(steps) + len(_pages(profile, book, figures, student)) + 1
 
@@ -525,15 +527,16 @@ def run_profile(
     def timed(stage: str, *, aloud: bool = True) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        seconds = time.perf_counter() - start
-        spent[stage] = spent.get(stage, 0) + seconds
+        spent[stage] = time.perf_counter() - start
         if aloud:
-            say(f"        {seconds:6.1f} s")
+            say(f"        {spent[stage]:6.1f} s")
 
-    for step in steps:
-        announce(step.label)
-        with timed(step.stage):
-            step.do()
+    with timed("measured", aloud=False):
+        for number, _, seconds in pipeline.each(steps, **_at_once(profile)):
+            announce(steps[number].label)
+            say(f"        {seconds:6.1f} s")
+            stage = f"  {steps[number].stage}"
+            worked[stage] = worked.get(stage, 0) + seconds
     with timed("notebooks", aloud=False):
         for label, seconds in _make_pages(_pages(profile, book, figures, student)):
             announce(label)
@@ -542,17 +545,29 @@ def run_profile(
     with timed("book"):
         index = build_book(book, student=student)
     say("where the time went:")
-    for stage, seconds in spent.items():
-        say(f"  {stage:<10}{seconds:7.1f} s")
-    say(f"  {'in all':<10}{sum(spent.values()):7.1f} s")
+    for stage, seconds in [("measured", spent["measured"]), *worked.items(), *list(spent.items())[1:]]:
+        say(f"  {stage:<12}{seconds:7.1f} s")
+    say(f"  {'in all':<12}{sum(spent.values()):7.1f} s")
     return index
+
+
+def _at_once(profile: Profile) -> dict[str, Any]:
+    """Choose how steps are spread: on processors alone, one process computes on one of them."""
+    processes = min(joblib.cpu_count(), _NOTEBOOKS_AT_ONCE)
+    if in_preview() or processes == 1 or devices.choose(profile.device, profile.dtype)[0].type != "cpu":
+        return {}
+    return {"backend": "loky", "n_jobs": processes}
 
 
 def measurements(profile: Profile) -> list[pipeline.Step]:
     """List everything that a profile measures, in order."""
     finals = [
         pipeline.Step(
-            "finals", f"{name}: the best methods on the benchmarks", partial(_finals, profile, name), name
+            "finals",
+            f"{name}: the best methods on the benchmarks",
+            partial(_finals, profile, name),
+            name,
+            phase=4,
         )
         for name in profile.rival_models or profile.models
         if profile.rivals and profile.rival_healings

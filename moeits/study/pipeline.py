@@ -1,11 +1,12 @@
 """The study of a model: each of its measurements is taken once."""
 
 import gc
+import itertools
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -664,7 +665,9 @@ def _study_steps(study: Study) -> Iterator[Step]:
         yield Step("scores", f"{name}: tau = {tau:g}", partial(study.scores, tau), name)
     yield Step("controls", f"{name}: random experts", partial(study.controls, own), name)
     if name in study.profile.green:
-        yield Step("green", f"{name}: memory and speed", study.green, name)
+        # Timed with nothing beside.
+        alone = 10 + study.profile.green.index(name)
+        yield Step("green", f"{name}: memory and speed", study.green, name, phase=alone)
     for tau, way in study.healings:
         label = f"{name}: tau = {tau:g}, {way}"
         yield Step("healing", label, partial(study.healing, tau, way), name, way)
@@ -731,13 +734,19 @@ def do(
     """
     steps = list(steps)
     found: dict[int, Any] = {}
+    for number, result, seconds in each(steps, backend, **options):
+        found[number] = result
+        say(f"[{len(found):3}/{len(steps)}] {steps[number].label}: {seconds:.1f} s")
+    return [found[number] for number in range(len(steps))]
+
+
+def each(
+    steps: Sequence[Step], backend: str | None = None, **options: Any
+) -> Iterator[tuple[int, Any, float]]:
+    """Do steps, phase by phase, as :func:`do`; yield number, result and seconds of each as it is done."""
     for phase in sorted({step.phase for step in steps}):
         numbered = [(number, step) for number, step in enumerate(steps) if step.phase == phase]
-        tasks = (joblib.delayed(_timed)(number, step) for number, step in numbered)
-        for number, result, seconds in unordered(tasks, backend, **options):
-            found[number] = result
-            say(f"[{len(found):3}/{len(steps)}] {steps[number].label}: {seconds:.1f} s")
-    return [found[number] for number in range(len(steps))]
+        yield from unordered(itertools.starmap(joblib.delayed(_timed), numbered), backend, **options)
 
 
 def _timed(number: int, step: Step) -> tuple[int, Any, float]:

@@ -55,20 +55,9 @@ def test_the_first_page_shows_the_same_numbers(smoke):
 def test_it_says_where_the_time_went(smoke):
     at = smoke.said.index("where the time went:")
     stages = [line.split()[0] for line in smoke.said[at + 1 : -1]]
-    assert stages == [
-        "models",
-        "NMI",
-        "scores",
-        "controls",
-        "green",
-        "healing",
-        "protocols",
-        "rivals",
-        "finals",
-        "notebooks",
-        "book",
-        "in",
-    ]
+    assert [stages[0], *stages[-3:]] == ["measured", "notebooks", "book", "in"]
+    measured = {"models", "NMI", "scores", "controls", "green", "healing", "protocols", "rivals", "finals"}
+    assert sorted(stages[1:-3]) == sorted(measured)
     assert smoke.said[-1] == f"the book is at {smoke.html / 'index.html'}"
     steps = [line for line in smoke.said if re.match(r"\[ ?\d+/\d+\]", line)]
     assert len(steps) == len(smoke.said[:at]) / 2
