@@ -125,7 +125,8 @@ class Command(click.Command):
 
 def quiet() -> bool:
     """Whether the running command was asked to print results and errors alone."""
-    return bool(click.get_current_context().meta["quiet"])
+    context = click.get_current_context(silent=True)  # none in the threads of joblib, which warn, too
+    return bool(context and context.meta["quiet"])
 
 
 def note(text: str) -> None:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import click
 import huggingface_hub
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from tiny import assert_same_weights, tiny_model, tiny_tokenizer
 
 import moeits
+from moeits import options
 from moeits.cli import main
 from moeits.kept import Kept
 from moeits.models import hub
@@ -333,3 +335,10 @@ def test_simplify_by_another_criterion(folder):
 def test_a_bug_in_a_checkpoint_is_told_with_its_file(folder):
     save_file({}, folder / "model.safetensors")
     assert "is missing in the checkpoint" in run("prune", folder, "--n-keep", 2, "-o", "x", code=1).output
+
+
+def test_a_warning_in_another_thread_is_printed(capsys):
+    """As joblib's threads warn of a lost worker while a command runs."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(options.note, "Warning: a worker stopped").result()
+    assert capsys.readouterr().err == "Warning: a worker stopped\n"
