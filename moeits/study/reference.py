@@ -11,7 +11,7 @@ import pandas as pd
 
 from moeits.errors import MissingError, MoeitsError
 from moeits.machine.paths import DATA, ROOT, whole
-from moeits.study import profiles, records
+from moeits.study import profiles, records, trials
 from moeits.study.comparison import Comparison
 from moeits.study.measurement import Measurement
 from moeits.study.profiles import Profile
@@ -19,6 +19,7 @@ from moeits.study.records import Record
 
 REFERENCE = DATA / "reference" / "laptop"
 _MARKS = "<!-- results of the laptop profile, by make reference -->", "<!-- end of the results -->"
+_METHODS = "<!-- methods on trained experts, by make reference -->", "<!-- end of the methods -->"
 
 
 def publish(results: Path = DATA / "results" / "laptop", reference: Path = REFERENCE) -> None:
@@ -249,17 +250,35 @@ def with_error(value: float, stderr: float, style: str) -> str:
     return f"{value:{style}} ± {stderr:{style.lstrip('+')}}"
 
 
+def methods_table() -> str:
+    """Tabulate the registered experiment on trained experts, methods by initialisation, in Markdown."""
+    from moeits.study.trained import INITIALISATIONS
+
+    found = trials.summary(trials.differences(trials.committed()))
+    signs = {"better": "−", "worse": "+", "equivalent": "=", "undecided": ""}
+    found["cell"] = [
+        f"{row.mean:+.3f} ± {row.error:.3f} {signs[row.verdict]}".strip() for row in found.itertuples()
+    ]
+    wide = found.pivot_table("cell", "method", "initialisation", aggfunc="first")
+    wide = wide.loc[found.groupby("method")["mean"].mean().sort_values().index]
+    kinds = [kind for kind in INITIALISATIONS if kind in wide]
+    lines = [f"| kept by | {' | '.join(kinds)} |", f"|:---|{'---:|' * len(kinds)}"]
+    lines += [f"| `{method}` | {' | '.join(cells)} |" for method, *cells in wide[kinds].itertuples()]
+    return "\n".join(lines) + "\n"
+
+
 def update_readme(readme: Path = ROOT / "README.md", reference: Path = REFERENCE) -> None:
-    """Put the table of results into the README, between its two marks."""
-    first, last = map(re.escape, _MARKS)
-    text, table = Path(readme).read_text(encoding="utf-8"), results_table(reference)
-    new, count = re.subn(
-        f"{first}.*{last}", lambda _: f"{_MARKS[0]}\n{table}{_MARKS[1]}", text, flags=re.DOTALL
-    )
-    if count != 1:
-        raise MoeitsError(f"{readme} does not have the two marks {_MARKS[0]} and {_MARKS[1]}")
+    """Put the tables of results into the README, between their marks."""
+    text = Path(readme).read_text(encoding="utf-8")
+    for marks, table in ((_MARKS, results_table(reference)), (_METHODS, methods_table())):
+        first, last = map(re.escape, marks)
+        text, count = re.subn(
+            f"{first}.*{last}", f"{marks[0]}\n{table}{marks[1]}".replace("\\", r"\\"), text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise MoeitsError(f"{readme} does not have the two marks {marks[0]} and {marks[1]}")
     with whole(Path(readme)) as part:
-        part.write_text(new, encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
 
 
 _STATES = {

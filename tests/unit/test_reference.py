@@ -161,7 +161,9 @@ def test_committed_records_are_measured_again_and_compared(tmp_path):
 
 
 def test_the_readme_shows_the_committed_records():
-    assert reference.results_table() in (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
+    assert reference.results_table() in text
+    assert reference.methods_table() in text
 
 
 def test_a_readme_without_its_marks_is_refused(measured, tmp_path):
