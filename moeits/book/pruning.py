@@ -55,6 +55,7 @@ def kept_figure(grid: pd.DataFrame) -> Figure:
     axis.pcolormesh(*edges, grid, cmap="Blues", vmax=1.3)
     axis.set(xlabel="expert", ylabel="decoder layer")
     axis.grid(visible=False)
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.invert_yaxis()
     side.barh(layers, grid.sum(axis=1), color=COLOURS[0])
     side.set(xlabel="experts kept", xlim=(0, grid.shape[1]))

@@ -41,13 +41,30 @@ def size_figure(size: pd.DataFrame) -> Figure:
         axis.set(xlabel=r"$\tau$", title=label, ylim=(0, 1.05))
         _over_tau(axis, size.position)
     axes[0].set_ylabel("share left")
-    axes[1].legend(loc="lower right")
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return fig
 
 
-def scores(rows: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
-    """Choose the rows of the tasks and of their mean."""
-    return rows[rows.task.isin([*tasks, evaluation.MEAN])]
+def shared(found: Iterable[Record]) -> dict[str, pd.DataFrame]:
+    """Find the questions, by task, that every record of a model answers; at some tau more are asked."""
+    asked = {}
+    for record in found:
+        own = pd.DataFrame(record.details["items"])[["task", "question"]]
+        model = record.rows[0]["model"]
+        asked[model] = asked[model].merge(own) if model in asked else own
+    return asked
+
+
+def scores(found: Iterable[Record], asked: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Tabulate the scores on the questions of :func:`shared`; ``position`` as in :func:`curves`."""
+    lines = []
+    for record in found:
+        about = {key: record.rows[0][key] for key in ("model", "tau", "kept_share")}
+        items = pd.DataFrame(record.details["items"]).merge(asked[about["model"]])
+        lines.append(evaluation.summarise(items).assign(**about))
+    table = pd.concat(lines).astype({"tau": float, "value": float, "stderr": float})
+    table["model"] = pd.Categorical(table.model, list(asked), ordered=True)
+    return table.assign(position=table.tau.fillna(2 * table.tau.max()))
 
 
 def scores_figure(scored: pd.DataFrame, tasks: Sequence[str]) -> Figure:
@@ -63,10 +80,11 @@ def scores_figure(scored: pd.DataFrame, tasks: Sequence[str]) -> Figure:
             axis.set(title=f"{title(task)}, accuracy")
         else:
             axis.set(title="all tasks, bits per byte")
-            axis.legend()
+            fig.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
         _over_tau(axis, scored.position)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+        axes[-2, -1].tick_params(labelbottom=True)
     fig.supxlabel(r"$\tau$", fontsize=10)
     return fig
 
@@ -93,25 +111,26 @@ def healings(studies: Iterable[Study]) -> tuple[pd.DataFrame, pd.DataFrame, list
                 gains.append(evaluation.compare(before, after).assign(model=study.name, tau=tau))
     if not found:
         return pd.DataFrame(), pd.DataFrame(), []
-    rows = frame(found).query("task == 'mean'").astype({"value": float, "stderr": float})
-    healed = rows.groupby([*_KEYS, "kept_share", "task", "n"]).agg(
-        value=("value", "mean"),
-        questions=("stderr", "mean"),
-        spread=("value", "sem"),
-        seeds=("value", "size"),
-    )
-    healed["stderr"] = np.hypot(healed.questions, healed.spread.fillna(0))
     paired = pd.concat(gains).query("task == 'mean'").astype({"difference": float, "stderr": float})
     changes = paired.groupby(_KEYS).agg(
         change=("difference", "mean"), questions=("stderr", "mean"), spread=("difference", "sem")
     )
-    return healed.drop(columns=["questions", "spread"]).reset_index(), changes.reset_index(), found
+    return _over_seeds(frame(found)), changes.reset_index(), found
+
+
+def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows[rows.task == evaluation.MEAN].astype({"value": float, "stderr": float})
+    healed = rows.groupby([*_KEYS, "kept_share", "task", "n"], observed=True).agg(
+        value=("value", "mean"), stderr=("stderr", "mean"), spread=("value", "sem"), seeds=("value", "size")
+    )
+    healed["stderr"] = np.hypot(healed.stderr, healed.spread.fillna(0))
+    return healed.drop(columns="spread").reset_index()
 
 
 def states(scored: pd.DataFrame, healed: pd.DataFrame) -> pd.DataFrame:
-    """Put the mean scores of pruned and healed models below each other, with ``state``."""
+    """Put the mean scores of pruned and healed models below each other, by ``state``."""
+    after = _over_seeds(healed).assign(state="healed", position=lambda table: table.tau)
     pruned = scored[(scored.task == evaluation.MEAN) & scored.model.isin(set(healed.model))]
-    after = healed.assign(state="healed", position=healed.tau)
     return pd.concat([pruned.assign(state="pruned"), after], ignore_index=True)
 
 
