@@ -111,8 +111,8 @@ def method_table(part: pd.DataFrame) -> pd.DataFrame:
 def quality_figure(scored: pd.DataFrame) -> Figure:
     """Draw bits per byte against the remaining share of the routed experts' bytes, a panel for each model."""
     models = scored.model.unique()
-    fig, axes = plt.subplots(1, len(models), figsize=(5.6, 3.6), sharex=True, squeeze=False)
-    for axis, name in zip(axes[0], models, strict=True):
+    fig, axes = _panels(len(models), 3.6, "bytes of the routed experts", "bits per byte")
+    for axis, name in zip(axes, models, strict=True):
         of_model = scored[scored.model == name]
         for method, points in of_model[of_model.method != comparison.WHOLE].groupby("name", sort=False):
             mean = points.groupby("budget")[["stored", "bits per byte"]].mean().sort_values("stored")
@@ -127,9 +127,7 @@ def quality_figure(scored: pd.DataFrame) -> Figure:
         axis.set(title=name, yscale="log")
         _plain(axis.yaxis, "{x:.3g}")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    axes[0][0].set_ylabel("bits per byte")
-    axes[0][len(models) // 2].set_xlabel("bytes of the routed experts")
-    _legend(fig, axes[0], 3)
+    _legend(fig, axes, 3)
     return fig
 
 
@@ -178,8 +176,8 @@ def better_draws(places: pd.DataFrame, method: str) -> str:
 def cost_figure(chosen: pd.DataFrame) -> Figure:
     """Draw bits per byte against the seconds of the selection, a panel for each model."""
     models = chosen.model.unique()
-    fig, axes = plt.subplots(1, len(models), figsize=(5.6, 3.2), sharex=True, squeeze=False)
-    for axis, name in zip(axes[0], models, strict=True):
+    fig, axes = _panels(len(models), 3.2, "seconds to select", "bits per byte at 50%")
+    for axis, name in zip(axes, models, strict=True):
         of_model = chosen[chosen.model == name].assign(at=lambda table: table.seconds.clip(lower=0.01))
         axis.scatter(of_model["at"], of_model["bits per byte"], s=12, color="#bbbbbb")
         for method, part in of_model[of_model.name.isin(NAMED)].groupby("name", sort=False):
@@ -187,10 +185,16 @@ def cost_figure(chosen: pd.DataFrame) -> Figure:
             axis.scatter(first["at"], first["bits per byte"], zorder=3, label=first.title, **_STYLES[method])
         axis.set(title=name, xscale="log", yscale="log")
         _plain(axis.yaxis, "{x:.3g}")
-    axes[0][0].set_ylabel("bits per byte at 50%")
-    axes[0][len(models) // 2].set_xlabel("seconds to select")
-    _legend(fig, axes[0], 3)
+    _legend(fig, axes, 3)
     return fig
+
+
+def _panels(count: int, height: float, x: str, y: str) -> tuple[Figure, Sequence[Axes]]:
+    """Make panels side by side, with one label for each direction."""
+    fig, axes = plt.subplots(1, count, figsize=(5.6, height), sharex=True, squeeze=False)
+    axes[0][0].set_ylabel(y)
+    axes[0][count // 2].set_xlabel(x)
+    return fig, axes[0]
 
 
 def _plain(axis: "plt.Axis", form: str) -> None:
@@ -363,8 +367,8 @@ def oracle_figure(ranks: pd.DataFrame, oracles: Iterable[Record]) -> Figure:
     tried = {one.inputs["model"]: one.details.get("layers") for one in oracles}
     layers = list(ranks[["model", "layer"]].drop_duplicates().itertuples(index=False))
     highlight = ["moeits-uniform", "reap", "lu", "random-token-norm", "random"]
-    fig, axes = plt.subplots(1, len(layers), figsize=(5.6, 3.2), squeeze=False)
-    for axis, (model, layer) in zip(axes[0], layers, strict=True):
+    fig, axes = _panels(len(layers), 3.2, "rank among all subsets", "nats per token above the best")
+    for axis, (model, layer) in zip(axes, layers, strict=True):
         losses = np.sort(np.mean(tried[model][str(layer)]["nats"], axis=1))
         axis.plot(np.arange(1, len(losses) + 1), losses - losses[0], color="#bbbbbb", marker="", lw=1.5)
         part = ranks[(ranks.model == model) & (ranks.layer == layer)]
@@ -372,9 +376,7 @@ def oracle_figure(ranks: pd.DataFrame, oracles: Iterable[Record]) -> Figure:
             points = part[part.name == name]
             axis.scatter(points["rank"], points.loss, zorder=3, label=TITLES[name], **_STYLES[name])
         axis.set_title(f"{model}, layer {layer}", fontsize=8)
-    axes[0][0].set_ylabel("nats per token above the best")
-    axes[0][len(layers) // 2].set_xlabel("rank among all subsets")
-    _legend(fig, axes[0], 2)
+    _legend(fig, axes, 2)
     return fig
 
 
@@ -420,11 +422,10 @@ def proposed_healed(finals: Iterable[Record], models: Sequence[str]) -> pd.DataF
     DataFrame
         model, state, minus (the other method's title), bits and acc with their stderr, questions.
     """
-    by_place = {tuple(one.inputs[key] for key in ("model", "method", "way")): one for one in finals}
-    lines = []
-    for (model, method, way), one in by_place.items():
+    places, lines = tables.by_place(finals, "way"), []
+    for (model, method, way), one in places.items():
         for other in ("moeits", "reap") if method == "random-token-norm" else ():
-            if partner := by_place.get((model, other, way)):
+            if partner := places.get((model, other, way)):
                 acc = tables.paired_answers(one, partner)
                 place = (model, way or "as pruned", TITLES[other], *tables.paired(one, partner))
                 lines.append((*place, acc.difference, acc.stderr, acc.n))

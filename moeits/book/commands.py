@@ -48,7 +48,7 @@ def run(
         return
     if gpu:
         raise click.UsageError("--on belongs to --dry-run")
-    from moeits.book.run import build_book, run_notebook, run_profile
+    from moeits.book.run import Page, build_book, run_profile
     from moeits.study import profiles, records
 
     if notebook is None:
@@ -61,7 +61,7 @@ def run(
         raise click.UsageError("--student and --preview belong to the book, not to a NOTEBOOK")
     else:
         given = {"profile": profile} | values("-p", parameters)
-        click.echo(run_notebook(notebook, target=target, parameters=given))
+        click.echo(Page(notebook, target or notebook, given).run())
         if render:
             click.echo(f"the book is at {build_book()}")
 

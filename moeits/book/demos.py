@@ -5,6 +5,7 @@ Every function is given its seed; all but :func:`small_models` work on arrays al
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from math import sqrt
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,9 @@ def summary(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd
         Columns `by`, then ``VALUE``, ``VALUE_sd`` for each value, and ``draws``.
     """
     groups = table.groupby(list(by), sort=False, dropna=False)
-    found = {name: part for value in values for name, part in _moments(groups[value], value).items()}
-    return pd.DataFrame({**found, "draws": groups.size()}).reset_index()
-
-
-def _moments(group: "pd.core.groupby.SeriesGroupBy", value: str) -> dict[str, pd.Series]:
-    return {value: group.mean(), f"{value}_sd": group.std(ddof=1)}
+    ends = {"": "mean", "_sd": "std"}
+    moments = {f"{value}{end}": (value, how) for value in values for end, how in ends.items()}
+    return groups.agg(**moments).assign(draws=groups.size()).reset_index()
 
 
 def measured_pair(x: np.ndarray, y: np.ndarray, bins: str | int = "auto") -> dict[str, float]:
@@ -181,19 +179,9 @@ def kept_by_diagonal(R: np.ndarray, taus: Iterable[float]) -> pd.DataFrame:
     DataFrame
         diagonal, tau, kept, threshold.
     """
-    rows = []
-    for diagonal in DIAGONALS:
-        for tau in taus:
-            selection = select_experts(R, tau, diagonal=diagonal)
-            rows.append(
-                {
-                    "diagonal": diagonal,
-                    "tau": tau,
-                    "kept": len(selection.kept),
-                    "threshold": selection.threshold,
-                }
-            )
-    return pd.DataFrame(rows)
+    chosen = ((d, tau, select_experts(R, tau, diagonal=d)) for d in DIAGONALS for tau in taus)
+    rows = [(diagonal, tau, len(one.kept), one.threshold) for diagonal, tau, one in chosen]
+    return pd.DataFrame(rows, columns=["diagonal", "tau", "kept", "threshold"])
 
 
 def shared_projection(weights: Mapping[str, float] | None, *, seed: int = 0) -> pd.DataFrame:
@@ -358,19 +346,17 @@ def plants(
     """
     estimates = estimates or {"NMI": partial(nmi_matrix, n_jobs=1)}
     rows = []
-    for kind in kinds:
-        for noise in noises:
-            for draw in range(draws):
-                rng = np.random.default_rng([seed, draw])
-                block = planted.random_experts(rng, experts=experts, neurons=neurons, width=width)
-                pairs = rng.permutation(experts)[: 2 * copies].reshape(copies, 2).tolist()
-                block = planted.plant(rng, block, pairs, kind, noise)
-                for estimate, measure in estimates.items():
-                    R = measure(block)
-                    for budget, given in budgets.items():
-                        result = planted.found(select_experts(R, **given).removed, pairs)
-                        setting = {"kind": kind, "noise": noise, "estimate": estimate, "budget": budget}
-                        rows.append(setting | result._asdict())
+    for kind, noise, draw in product(kinds, noises, range(draws)):
+        rng = np.random.default_rng([seed, draw])
+        block = planted.random_experts(rng, experts=experts, neurons=neurons, width=width)
+        pairs = rng.permutation(experts)[: 2 * copies].reshape(copies, 2).tolist()
+        block = planted.plant(rng, block, pairs, kind, noise)
+        for estimate, measure in estimates.items():
+            R = measure(block)
+            for budget, given in budgets.items():
+                result = planted.found(select_experts(R, **given).removed, pairs)
+                setting = {"kind": kind, "noise": noise, "estimate": estimate, "budget": budget}
+                rows.append(setting | result._asdict())
     return pd.DataFrame(rows)
 
 
@@ -490,7 +476,7 @@ def null_layers(
     """
     rows = []
     for layer, block in blocks:
-        real = {name: _stacked(weights) for name, weights in block.items()}
+        real = {name: np.stack([as_float(expert) for expert in weights]) for name, weights in block.items()}
         rng = np.random.default_rng([seed, layer])
         kinds = {"real": real, "shuffled": planted.shuffled(rng, real), "fresh": planted.fresh(rng, real)}
         found = {}
@@ -512,8 +498,3 @@ def null_layers(
                 }
             )
     return pd.DataFrame(rows).assign(spread=lambda table: table.sd / table["mean"])
-
-
-def _stacked(weights: Sequence) -> np.ndarray:
-    """Weights of all experts as float32, from an array, a tensor or a sequence of them in any format."""
-    return np.stack([as_float(expert) for expert in weights])

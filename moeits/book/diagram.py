@@ -102,37 +102,28 @@ def slices_and_copies(slices: int, copies: int, neurons: int = 16) -> tuple[Figu
     axis.set(xlim=(-4, 100), ylim=(-9, 52), aspect="equal")
     axis.set_axis_off()
     size, part = 48 / neurons, neurons // slices
+
+    def box(x: float, low: float, width: float, height: float, which: int, text: object = "") -> None:
+        style = {"fc": COLOURS[which], "ec": _INK, "lw": 0.6, "alpha": 0.5}
+        axis.add_patch(Rectangle((x, low), width, height, **style))
+        axis.text(x + width / 2, low + height / 2, text, ha="center", va="center", fontsize=9)
+
     for neuron in range(neurons):
-        low = 48 - size * (neuron + 1)
-        axis.add_patch(
-            Rectangle((4, low), 10, size * 0.85, fc=COLOURS[neuron // part], ec=_INK, lw=0.6, alpha=0.5)
-        )
+        box(4, 48 - size * (neuron + 1), 10, size * 0.85, neuron // part)
     rows = []
     for which in range(slices):
-        low = 48 - 48 / slices * (which + 1)
-        axis.add_patch(
-            Rectangle((36, low + 1), 9, 48 / slices - 2, fc=COLOURS[which], ec=_INK, lw=0.6, alpha=0.5)
-        )
-        letter = "ABCDEFGH"[which]
-        axis.text(40.5, low + 24 / slices, letter, ha="center", va="center", color="black", fontsize=10)
+        low, height, letter = 49 - 48 / slices * (which + 1), 48 / slices - 2, "ABCDEFGH"[which]
+        box(36, low, 9, height, which, letter)
         for copy in range(copies):
-            expert, left = which + slices * copy, 67 + 8 * copy
-            axis.add_patch(
-                Rectangle(
-                    (left, low + 1), 6.5, 48 / slices - 2, fc=COLOURS[which], ec=_INK, lw=0.6, alpha=0.5
-                )
-            )
-            axis.text(
-                left + 3.2, low + 24 / slices, expert, ha="center", va="center", color="black", fontsize=9
-            )
-            rows.append(
-                {"expert": expert, "slice": letter, "first": part * which, "last": part * (which + 1) - 1}
-            )
+            expert = which + slices * copy
+            box(67 + 8 * copy, low, 6.5, height, which, expert)
+            rows.append((expert, letter, part * which, part * (which + 1) - 1))
     _arrow(axis, 18, 32, "slice")
     _arrow(axis, 49, 63, "copy")
     for x, text in ((9, "hidden neurons\nof a dense FFN"), (40.5, "slices"), (82, "experts")):
         axis.text(x, -3, text, ha="center", va="top", fontsize=9)
-    return figure, pd.DataFrame(rows).sort_values("expert", ignore_index=True)
+    data = pd.DataFrame(rows, columns=["expert", "slice", "first", "last"])
+    return figure, data.sort_values("expert", ignore_index=True)
 
 
 def router_softmax(
@@ -209,31 +200,17 @@ def _layer(axis: Axes, x: float, experts: object, gone: object) -> None:
 
 
 def _matrix(axis: Axes, x: float, R: np.ndarray, kept: object) -> None:
-    size = 4.7
-    colours = plt.get_cmap("cividis")
+    size, colours = 4.7, plt.get_cmap("cividis")
     for i, j in np.ndindex(R.shape):
-        corner = (x + size * j, 12 + size * (5 - i))
+        left, low = x + size * j, 12 + size * (5 - i)
         face = "white" if i == j else colours(R[i, j])
-        axis.add_patch(Rectangle(corner, size, size, fc=face, ec="white", lw=1))
+        axis.add_patch(Rectangle((left, low), size, size, fc=face, ec="white", lw=1))
         if i != j and not (i in kept and j in kept):
-            axis.plot(
-                *zip(corner, (corner[0] + size, corner[1] + size), strict=True),
-                color="white",
-                marker="",
-                lw=0.8,
-            )
+            axis.plot((left, left + size), (low, low + size), color="white", marker="", lw=0.8)
     for expert in range(6):
-        colour = _INK if expert in kept else "#999999"
-        axis.text(x + size * (expert + 0.5), 42, str(expert), ha="center", fontsize=8, color=colour)
-        axis.text(
-            x - 1.6,
-            12 + size * (5.5 - expert),
-            str(expert),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=colour,
-        )
+        style = {"ha": "center", "fontsize": 8, "color": _INK if expert in kept else "#999999"}
+        axis.text(x + size * (expert + 0.5), 42, str(expert), **style)
+        axis.text(x - 1.6, 12 + size * (5.5 - expert), str(expert), va="center", **style)
 
 
 def _arrow(axis: Axes, start: float, end: float, text: str) -> None:

@@ -2,7 +2,7 @@
 
 A figure is four files: ``fig-NAME.svg``, ``.pdf``, ``.csv`` (what it draws) and ``.json`` (caption, alt text,
 records used). A table is ``tab-NAME.csv`` and ``.json``. They go to the folder that ``MOEITS_FIGURES`` names,
-which :func:`moeits.book.run.run_notebook` sets for each page; in a notebook run by hand they go to
+which :class:`moeits.book.run.Page` sets for each page; in a notebook run by hand they go to
 ``data/figures/by-hand``. One notebook may make several pages: ``MOEITS_VARIANT`` then ends every label.
 """
 

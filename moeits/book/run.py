@@ -13,7 +13,7 @@ import time
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -143,29 +143,18 @@ def check_parameters(notebook: NotebookNode, given: Mapping[str, Any]) -> dict[s
     return {name: known[name].check(value) for name, value in given.items()}
 
 
-def run_notebook(
-    name: str,
-    *,
-    target: str | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    kernel: str = "python3",
-    notebooks: Path = NOTEBOOKS,
-    pages: Path = BOOK / "notebooks",
-    figures: Path = DATA / "figures",
-    records: Path = DATA,
-    depends: Iterable[Path] = (),
-    force: bool = False,
-) -> Path:
-    """Run a notebook and make it a page of the book.
+@dataclass(frozen=True)
+class Page:
+    """A page of the book that a notebook makes.
 
-    Parameters
+    Attributes
     ----------
     name : str
-        Name of the notebook in `notebooks`, without ``.ipynb``.
-    target : str, optional
+        Name of the notebook, without ``.ipynb``.
+    target : str
         Name of the page, `name` by default. Of a notebook that makes several pages, such as ``prune-qwen`` of
         ``prune``, what follows the notebook's name ends the labels of its figures and tables.
-    parameters : mapping, optional
+    parameters : mapping, default={}
         Values that replace those of the ``parameters`` cell.
     kernel : str
         Jupyter kernel, one of Python.
@@ -174,66 +163,35 @@ def run_notebook(
         figures and tables name (searched with its subfolders).
     depends : iterable of Path
         Files and folders that the notebook reads, besides the package, ``data/paper`` and ``data/profiles``.
-    force : bool
-        Run even if the page is there and nothing has changed since.
-
-    Returns
-    -------
-    Path
-        The page, written whole or not at all.
-
-    Raises
-    ------
-    MissingError
-        If there is no such notebook.
-    MoeitsError
-        If a parameter is unknown or of the wrong type, the prose names an unknown value, or a figure or table
-        a record that does not exist.
-    NotebookError
-        If a cell raises. The notebook as far as it got, with its traceback, stays in ``.cache/notebooks``.
     """
-    page = Page(
-        name,
-        target=target or name,
-        parameters=parameters or {},
-        kernel=kernel,
-        notebooks=notebooks,
-        pages=pages,
-        figures=figures,
-        records=records,
-        depends=tuple(depends),
-    )
-    return page.path if page.is_current() and not force else page.make()
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page of the book that a notebook makes; the attributes are the parameters of :func:`run_notebook`."""
 
     name: str
-    target: str
-    parameters: Mapping[str, Any]
+    target: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     kernel: str = "python3"
     notebooks: Path = NOTEBOOKS
     pages: Path = BOOK / "notebooks"
     figures: Path = DATA / "figures"
     records: Path = DATA
-    depends: tuple[Path, ...] = ()
+    depends: Iterable[Path] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", self.target or self.name)
 
     @property
     def path(self) -> Path:
         """The page."""
-        return Path(self.pages) / f"{self.target}.ipynb"
+        return self.pages / f"{self.target}.ipynb"
 
     @property
     def source(self) -> Path:
         """The notebook."""
-        return Path(self.notebooks) / f"{self.name}.ipynb"
+        return self.notebooks / f"{self.name}.ipynb"
 
     @property
     def made(self) -> Path:
         """Folder of the page's figures."""
-        return Path(self.figures) / self.target
+        return self.figures / self.target
 
     @cached_property
     def notebook(self) -> NotebookNode:
@@ -270,6 +228,22 @@ class Page:
             and all((self.made / file).exists() for file in about["files"])
             and all(_digest_of(record, self.records) == seen for record, seen in about["records"].items())
         )
+
+    def run(self, *, force: bool = False) -> Path:
+        """Make the page, whole or not at all; one that is there and current is made by `force` alone.
+
+        Raises
+        ------
+        MissingError
+            If there is no such notebook.
+        MoeitsError
+            If a parameter is unknown or of the wrong type, the prose names an unknown value, or a figure or
+            table a record that does not exist.
+        NotebookError
+            If a cell raises. The notebook as far as it got, with its traceback, stays in
+            ``.cache/notebooks``.
+        """
+        return self.path if self.is_current() and not force else self.make()
 
     def make(self, *, progress: bool = True) -> Path:
         """Run the notebook, with a progress bar or without, and write page and figures."""
@@ -405,7 +379,7 @@ def toc_pages(book: Path, *, student: bool = False) -> list[str]:
 def build_book(book: Path = BOOK, *, student: bool = False, force: bool = False) -> Path:
     """Render the book as HTML, every warning an error.
 
-    Nothing is executed: the notebooks' pages are what :func:`run_notebook` left. The book is built apart and
+    Nothing is executed: the notebooks' pages are what :meth:`Page.run` left. The book is built apart and
     then moved into place, so that a build that fails or is killed leaves the last book as it was.
 
     Parameters
@@ -512,7 +486,7 @@ def run_profile(
     Raises
     ------
     NotebookError, BookError
-        As :func:`run_notebook` and :func:`build_book`.
+        As :meth:`Page.run` and :func:`build_book`.
     """
     steps = measurements(profile)
     spent: dict[str, float] = {}
@@ -598,7 +572,7 @@ def _pages(profile: Profile, book: Path, figures: Path, student: bool) -> list[P
             file for step in _SHOWS_ALL.get(notebook, ()) for file in sorted(shown.glob(f"{step}-*.json"))
         ] + [file for pattern in _READS.get(notebook, ()) for file in sorted(DATA.glob(pattern))]
         found.append(
-            Page(notebook, target, parameters, pages=book / folder, figures=figures, depends=tuple(depends))
+            Page(notebook, target, parameters, pages=book / folder, figures=figures, depends=depends)
         )
     return found
 

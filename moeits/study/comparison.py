@@ -104,12 +104,8 @@ class Comparison:
     @property
     def methods(self) -> list[str]:
         """Every method that is measured in cells, a random one for each draw."""
-        return [
-            label
-            for name, criterion in METHODS.items()
-            if not criterion.needs_loss
-            for label in (_draws(self.profile, DRAWS) if name == "random" else [name])
-        ]
+        names = [name for name, criterion in METHODS.items() if not criterion.needs_loss]
+        return _with_draws(names, self.profile, DRAWS)
 
     @by_value
     def statistics(self, text: str) -> "dict[int, Statistics]":
@@ -131,11 +127,6 @@ class Comparison:
     def statistics_record(self, text: str) -> Record:
         """Record of the pass over a text: its tokens, and the seconds it took."""
         return self._statistics(text).record()
-
-    def pass_seconds(self, method: str) -> float:
-        """Seconds of the pass over the text that a method reads; 0 if it reads none."""
-        text = _text(method)
-        return self.statistics_record(text).seconds if text else 0.0
 
     def cell(self, method: str, budget: Budget) -> Record:
         """Measure one method at one budget, or find it measured.
@@ -623,14 +614,10 @@ def steps(
     """
     methods = profile.rivals if methods is None else methods
     budgets = profile.rival_budgets if budgets is None else budgets
-    more = {*_draws(profile, draws)} - {*_draws(profile)}
+    chosen = _with_draws(methods, profile, draws)
+    more = {*chosen} - {*_with_draws(methods, profile)}
     for name in (profile.rival_models or profile.models) if models is None else models:
         of = partial(_one, profile.model_dump_json(), name)
-        chosen = [
-            draw
-            for method in methods
-            for draw in (_draws(profile, draws) if method == "random" else [method])
-        ]
         yield Step("rivals", f"{name}: {WHOLE} model", lambda of=of: of().cell(WHOLE, 1.0), name)
         for text in sorted({text for method in methods if (text := _text(method))}):
             yield Step(
@@ -754,9 +741,10 @@ def _text(method: str) -> str | None:
     return None if method == WHOLE else method_named(method.split()[0]).text
 
 
-def _draws(profile: Profile, more: int = 0) -> list[str]:
-    """Name the random methods: as many as the profile says, or more."""
-    return [f"random {draw}" for draw in range(max(profile.random_draws, more, 1))]
+def _with_draws(methods: Iterable[str], profile: Profile, more: int = 0) -> list[str]:
+    """Name each draw of the method "random": as many as the profile says, or more."""
+    draws = [f"random {draw}" for draw in range(max(profile.random_draws, more, 1))]
+    return [name for method in methods for name in (draws if method == "random" else [method])]
 
 
 def _reset_peak() -> None:

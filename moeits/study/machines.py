@@ -1,6 +1,5 @@
 """Two machines' records of the same settings, side by side."""
 
-from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +51,23 @@ def compare_records(first: Path | str, second: Path | str) -> pd.DataFrame:
     if both.empty:
         raise MoeitsError(f"{first} and {second} have no result in common")
     flips = _flips(found)
-    rows = []
-    for pair in both.to_dict("records"):
-        difference = pair["value_second"] - pair["value_first"]
-        errors = [pair["stderr_first"], pair["stderr_second"]]
-        stderr = None if any(pd.isna(error) for error in errors) else hypot(*errors)
-        if difference == 0:
-            verdict = "same"
-        elif stderr is None:
-            verdict = "no error known"
-        else:
-            verdict = "within error" if statistics.verdict(difference, stderr) == "undecided" else "outside"
-        key = tuple(None if pd.isna(pair[name]) else pair[name] for name in (*_ASKED, "task"))
-        rows.append(
-            {name: pair[name] for name in _KEYS}
-            | {"first": pair["value_first"], "second": pair["value_second"], "difference": difference}
-            | {"stderr": stderr, "n": pair["n_first"], "verdict": verdict}
-            | {"flips": flips.get((*key, pair["variant"]))}
-        )
-    table = pd.DataFrame(rows)
-    order = (table.model != "dense").to_numpy()
-    return table.iloc[np.argsort(order, kind="stable")].reset_index(drop=True)
+    both["difference"] = both.value_second - both.value_first
+    both["stderr"] = np.hypot(both.stderr_first.astype(float), both.stderr_second.astype(float))
+    both["verdict"] = list(map(_verdict, both.difference, both.stderr))
+    asked = both[[*_ASKED, "task", "variant"]].astype(object)
+    asked = asked.where(asked.notna(), None).itertuples(index=False, name=None)
+    both["flips"] = [flips.get(key) for key in asked]
+    table = both.rename(columns={"value_first": "first", "value_second": "second", "n_first": "n"})
+    table = table[[*_KEYS, "first", "second", "difference", "stderr", "n", "verdict", "flips"]]
+    return table.sort_values("model", key=lambda of: of != "dense", kind="stable", ignore_index=True)
+
+
+def _verdict(difference: float, stderr: float) -> str:
+    if difference == 0:
+        return "same"
+    if np.isnan(stderr):
+        return "no error known"
+    return "within error" if statistics.verdict(difference, stderr) == "undecided" else "outside"
 
 
 def provenance_differences(first: Path | str, second: Path | str) -> dict[str, tuple[str, str]]:

@@ -6,7 +6,6 @@ import yaml
 from moeits.errors import MoeitsError
 from moeits.machine.paths import DATA
 
-CITATION = "balderas2026moeits"
 TASKS = {
     "boolq": "BoolQ",
     "arc_easy": "ARC-e",

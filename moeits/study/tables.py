@@ -7,34 +7,26 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
+from scipy.stats import hypergeom
 
 from moeits import evaluation
 from moeits.errors import MoeitsError
 from moeits.evaluation.statistics import verdict
 from moeits.machine.paths import DATA
-from moeits.study import comparison, records
+from moeits.study import records
 from moeits.study.comparison import FINAL, FORMATS, REFERENCE, Comparison, label, removes
 from moeits.study.methods import METHODS
 from moeits.study.methods.change import Changing
 from moeits.study.profiles import Profile
 from moeits.study.records import Record
 
-_COLUMNS = [
-    "model",
-    "method",
-    "budget",
-    "record",
-    "impossible",
-    "stored",
-    "bits per byte",
-    "stderr",
-    "perplexity",
-]
-_COLUMNS += ["selection seconds", "selection memory", "calibration tokens"]
+_COLUMNS = ["model", "method", "budget", "record", "impossible", "stored", "bits per byte", "stderr"]
+_COLUMNS += ["perplexity", "selection seconds", "selection memory", "calibration tokens"]
 _COLUMNS += ["difference", "difference stderr", "verdict"]
 
 
@@ -78,11 +70,11 @@ def shown(profile: Profile) -> Shown:
             *([record for one in compared for record in one.found(kind)] for kind in kinds),
             f"The {len(here)} measurements of this page were made on this machine.",
         )
-    by_place = {_place(cell): cell for cell in here}
+    mine = by_place(here, "budget")
     gaps = [
-        abs(sum(cell.details["nats"]) / sum(again.details["nats"]) - 1)
-        for cell in other
-        if cell.rows and (again := by_place.get(_place(cell)))
+        abs(sum(cell.details["nats"]) / sum(mine[place].details["nats"]) - 1)
+        for place, cell in by_place(other, "budget").items()
+        if cell.rows and place in mine
     ]
     source = (
         f"The {len(other)} measurements of this page come from the project's own run (commit "
@@ -96,8 +88,9 @@ def shown(profile: Profile) -> Shown:
     return Shown(other, *([record for record in known if record.step == kind] for kind in kinds), source)
 
 
-def _place(cell: Record) -> tuple[str, str, comparison.Budget]:
-    return tuple(cell.inputs[key] for key in ("model", "method", "budget"))
+def by_place(found: Iterable[Record], state: str) -> dict[tuple[str, str, Any], Record]:
+    """Find records by model, method and what else was asked: the budget of a cell, the way of a final."""
+    return {tuple(record.inputs[key] for key in ("model", "method", state)): record for record in found}
 
 
 def describe() -> pd.DataFrame:
@@ -149,28 +142,18 @@ def table(cells: Iterable[Record]) -> pd.DataFrame:
         with stderr, difference to MoEITS with its own stderr and the :func:`verdict`, perplexity, seconds and
         memory of the selection, calibration tokens, impossible (why there is no number).
     """
-    cells = list(cells)
-    by_key = {
-        (cell.inputs["model"], cell.inputs["method"], label(cell.inputs["budget"])): cell for cell in cells
-    }
-    lines = []
-    for (model, method, budget), cell in by_key.items():
-        line = {"model": model, "method": method, "budget": budget, "record": cell.id}
+    places, lines = by_place(cells, "budget"), []
+    for (model, method, budget), cell in places.items():
+        line = {"model": model, "method": method, "budget": label(budget), "record": cell.id}
         line["impossible"] = cell.details.get("impossible")
-        values = {row["metric"]: row for row in cell.rows}
-        if values:
-            line |= {
-                "stored": values["perplexity"]["kept_share"],
-                "bits per byte": values["bits per byte"]["value"],
-                "stderr": values["bits per byte"]["stderr"],
-                "perplexity": values["perplexity"]["value"],
-            }
-            for metric in ("selection seconds", "selection memory", "calibration tokens"):
-                line[metric] = values[metric]["value"] if metric in values else None
-            other = by_key.get((model, REFERENCE, budget))
-            if other is not None and other.rows and method != REFERENCE:
-                line["difference"], line["difference stderr"] = found = paired(cell, other)
-                line["verdict"] = verdict(*found)
+        for row in cell.rows:
+            line[row["metric"]] = row["value"]
+            if row["metric"] == "bits per byte":
+                line |= {"stderr": row["stderr"], "stored": row["kept_share"]}
+        other = places.get((model, REFERENCE, budget))
+        if cell.rows and other and other.rows and method != REFERENCE:
+            line["difference"], line["difference stderr"] = found = paired(cell, other)
+            line["verdict"] = verdict(*found)
         lines.append(line)
     return pd.DataFrame(lines, columns=_COLUMNS).astype({"difference": float, "difference stderr": float})
 
@@ -190,18 +173,16 @@ def finals_table(finals: Iterable[Record]) -> pd.DataFrame:
         stderr, their difference to MoEITS with its own error, questions, and flips: those that one of the
         two answers rightly and the other does not.
     """
-    finals = list(finals)
-    by_key = {(final.inputs["model"], final.inputs["method"], final.inputs["way"]): final for final in finals}
-    lines = []
-    for (model, method, way), final in by_key.items():
+    places, lines = by_place(finals, "way"), []
+    for (model, method, way), final in places.items():
         line = {"model": model, "method": method, "way": way, "record": final.id}
         for row in final.rows:
             if row["metric"] == "bits per byte" and row["task"] == "heldout":
                 line |= {"bits per byte": row["value"], "stderr": row["stderr"]}
             if row["task"] == evaluation.MEAN and row["variant"] == "acc":
                 line |= {"acc": row["value"], "acc stderr": row["stderr"], "questions": row["n"]}
-        other = by_key.get((model, REFERENCE, way))
-        if other is not None and method != REFERENCE:
+        other = places.get((model, REFERENCE, way))
+        if other and method != REFERENCE:
             line["difference"], line["difference stderr"] = paired(final, other)
             both = paired_answers(final, other)
             line |= {"acc difference": both.difference, "acc difference stderr": both.stderr}
@@ -240,17 +221,13 @@ def differences(cells: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> pd
         model, budget, first, second, difference (bits per byte of the first less those of the second) with
         its stderr, and :func:`verdict`.
     """
-    found: dict[tuple[str, comparison.Budget], dict[str, Record]] = {}
-    for cell in cells:
-        if cell.rows:
-            place = cell.inputs["model"], cell.inputs["budget"]
-            found.setdefault(place, {})[cell.inputs["method"]] = cell
-    lines = []
-    for ((model, budget), methods), (first, second) in product(found.items(), pairs):
-        if first in methods and second in methods:
-            value, error = paired(methods[first], methods[second])
-            line = {"model": model, "budget": label(budget), "first": first, "second": second}
-            lines.append(line | {"difference": value, "stderr": error, "verdict": verdict(value, error)})
+    places, lines = by_place((cell for cell in cells if cell.rows), "budget"), []
+    at = dict.fromkeys((model, budget) for model, _, budget in places)
+    for (model, budget), (first, second) in product(at, pairs):
+        one, other = (places.get((model, method, budget)) for method in (first, second))
+        if one and other:
+            found = paired(one, other)
+            lines.append((model, label(budget), first, second, *found, verdict(*found)))
     columns = ["model", "budget", "first", "second", "difference", "stderr", "verdict"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -320,49 +297,34 @@ def speed_table(speeds: Iterable[Record], cells: Iterable[Record]) -> pd.DataFra
         methods that change weights, ``as fast``: the largest share of experts with which a model with fewer
         experts, or the whole one, reads no slower (within two joint standard errors).
     """
-    by_cell = {
-        (cell.inputs["model"], cell.inputs["method"], cell.inputs["budget"]): cell
-        for cell in cells
-        if cell.rows
-    }
-    timed = [
-        {
-            **{key: speed.inputs[key] for key in ("model", "form", "share")},
-            **{
-                name: row[part]
-                for row in speed.rows
-                for metric, label in (("prefill", "reading"), ("decode", "writing"))
-                for part, name in (("value", label), ("stderr", f"{label} stderr"))
-                if row["metric"] == metric
-            },
-        }
-        for speed in speeds
-    ]
-    lines = []
+    places, timed, lines = by_place(cells, "budget"), [], []
+    for speed in speeds:
+        line = {key: speed.inputs[key] for key in ("model", "form", "share")}
+        for row in speed.rows:
+            if name := {"prefill": "reading", "decode": "writing"}.get(row["metric"]):
+                line |= {name: row["value"], f"{name} stderr": row["stderr"]}
+        timed.append(line)
     for line in timed:
         rivals = [
-            other
+            other["share"]
             for other in timed
-            if other["model"] == line["model"]
-            and other["form"] in ("whole", "pruned")
-            and verdict(
-                other["reading"] - line["reading"],
-                math.hypot(other["reading stderr"], line["reading stderr"]),
-                higher_is_better=True,
-            )
-            != "worse"
+            if other["model"] == line["model"] and other["form"] in ("whole", "pruned")
+            if not _slower(other, line)
         ]
-        fast = max((other["share"] for other in rivals), default=None)
+        fast = None if line["form"] == "pruned" else max(rivals, default=None)
         for method in FORMATS[line["form"]]:
-            cell = by_cell.get((line["model"], method, line["share"]))
+            cell = places.get((line["model"], method, line["share"]))
             bits = next((row for row in cell.rows if row["metric"] == "bits per byte"), {}) if cell else {}
-            lines.append(
-                line
-                | {"method": method, "as fast": None if line["form"] == "pruned" else fast}
-                | {"bits per byte": bits.get("value"), "stderr": bits.get("stderr")}
-            )
+            quality = {"bits per byte": bits.get("value"), "stderr": bits.get("stderr")}
+            lines.append(line | {"method": method, "as fast": fast} | quality)
     columns = ["model", "form", "share", "reading", "reading stderr", "writing", "writing stderr"]
     return pd.DataFrame(lines, columns=[*columns, "method", "as fast", "bits per byte", "stderr"])
+
+
+def _slower(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether one form of a model reads slower than another, within the errors."""
+    error = math.hypot(one["reading stderr"], other["reading stderr"])
+    return verdict(one["reading"] - other["reading"], error, higher_is_better=True) == "worse"
 
 
 def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
@@ -378,34 +340,17 @@ def overlaps(cells: Iterable[Record]) -> pd.DataFrame:
     DataFrame
         model, budget, first, second, jaccard (mean over layers), chance (of random sets).
     """
-    sets: dict[tuple[str, str], dict[str, Record]] = {}
-    for cell in cells:
-        if removes(cell):
-            sets.setdefault((cell.inputs["model"], label(cell.inputs["budget"])), {})[
-                cell.inputs["method"]
-            ] = cell
     lines = []
-    for (model, budget), members in sets.items():
-        for (first, a), (second, b) in combinations(members.items(), 2):
-            mine, theirs, experts = a.details["kept"], b.details["kept"], a.details["experts"]
-            lines.append(
-                {
-                    "model": model,
-                    "budget": budget,
-                    "first": first,
-                    "second": second,
-                    "jaccard": float(np.mean([jaccard(mine[layer], theirs[layer]) for layer in mine])),
-                    "chance": float(
-                        np.mean(
-                            [
-                                chance_jaccard(len(mine[layer]), len(theirs[layer]), experts[layer])
-                                for layer in mine
-                            ]
-                        )
-                    ),
-                }
-            )
-    return pd.DataFrame(lines)
+    places = by_place(filter(removes, cells), "budget")
+    for a, b in combinations(places, 2):
+        (model, first, budget), (other, second, same) = a, b
+        if (model, budget) == (other, same):
+            mine, theirs = places[a].details["kept"], places[b].details["kept"]
+            experts = places[a].details["experts"]
+            found = [jaccard(mine[layer], theirs[layer]) for layer in mine]
+            chance = [chance_jaccard(len(mine[layer]), len(theirs[layer]), experts[layer]) for layer in mine]
+            lines.append((model, label(budget), first, second, np.mean(found), np.mean(chance)))
+    return pd.DataFrame(lines, columns=["model", "budget", "first", "second", "jaccard", "chance"])
 
 
 def jaccard(first: Sequence[int], second: Sequence[int]) -> float:
@@ -418,14 +363,5 @@ def chance_jaccard(first: int, second: int, experts: int) -> float:
 
     The number in both is hypergeometric.
     """
-    total = math.comb(experts, second)
-    return (
-        sum(
-            both
-            / (first + second - both)
-            * math.comb(first, both)
-            * math.comb(experts - first, second - both)
-            for both in range(max(0, first + second - experts), min(first, second) + 1)
-        )
-        / total
-    )
+    both = np.arange(min(first, second) + 1)
+    return float(hypergeom(experts, first, second).pmf(both) @ (both / (first + second - both)))

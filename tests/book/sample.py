@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 
-from moeits.book.run import build_book, run_notebook
+from moeits.book.run import Page, build_book
 from moeits.machine.paths import BOOK
 from moeits.study import records
 
@@ -119,7 +119,7 @@ def sample_book(folder: Path) -> Path:
     notebooks.mkdir(parents=True)
     nbformat.write(notebook(write_record(results)), notebooks / "sample.ipynb")
     book = skeleton(folder / "book", {"index": PROSE})
-    run_notebook(
+    Page(
         "sample",
         target="sample-two",
         parameters={"points": 4},
@@ -127,5 +127,5 @@ def sample_book(folder: Path) -> Path:
         pages=book / "notebooks",
         figures=folder / "figures",
         records=results,
-    )
+    ).run()
     return build_book(book).parent

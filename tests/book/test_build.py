@@ -72,16 +72,14 @@ def test_no_page_of_the_students_links_to_the_solutions():
 
 def test_the_book_is_rendered_with_a_page_that_was_run_again(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        run, "run_notebook", lambda name, **options: asked.append((name, options)) or "the page"
-    )
+    monkeypatch.setattr(run.Page, "run", lambda page: asked.append(page) or "the page")
     monkeypatch.setattr(run, "build_book", lambda: "the index")
     arguments = ["run", "prune", "-p", "model=mini-qwen", "-p", "tau=0.75", "--target", "prune-qwen"]
     assert CliRunner().invoke(main, arguments).output == "the page\n"
     done = CliRunner().invoke(main, [*arguments, "--render"])
     assert done.output == "the page\nthe book is at the index\n"
     parameters = {"profile": "laptop", "model": "mini-qwen", "tau": 0.75}
-    assert asked == [("prune", {"target": "prune-qwen", "parameters": parameters})] * 2
+    assert asked == [run.Page("prune", "prune-qwen", parameters)] * 2
     assert "--render belong to a NOTEBOOK" in CliRunner().invoke(main, ["run", "--render"]).output
 
 

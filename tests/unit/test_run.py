@@ -5,7 +5,7 @@ import pytest
 
 from moeits.book import run
 from moeits.book.pages import find_record
-from moeits.book.run import NotebookError, Parameter, check_parameters, inspect, run_notebook
+from moeits.book.run import NotebookError, Page, Parameter, check_parameters, inspect
 from moeits.machine.paths import ROOT
 from moeits.study import records
 
@@ -50,8 +50,8 @@ class Desk:
     def write(self, *cells, name="demo"):
         nbformat.write(notebook(*cells), self.folders["notebooks"] / f"{name}.ipynb")
 
-    def run(self, name="demo", **settings):
-        return run_notebook(name, **self.folders, **settings)
+    def run(self, name="demo", *, force=False, **settings):
+        return Page(name, **self.folders, **settings).run(force=force)
 
     def page(self, name="demo"):
         return nbformat.read(self.folders["pages"] / f"{name}.ipynb", as_version=4)
