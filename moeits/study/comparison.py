@@ -617,20 +617,15 @@ def steps(
     chosen = _with_draws(methods, profile, draws)
     more = {*chosen} - {*_with_draws(methods, profile)}
     for name in (profile.rival_models or profile.models) if models is None else models:
-        of = partial(_one, profile.model_dump_json(), name)
-        yield Step("rivals", f"{name}: {WHOLE} model", lambda of=of: of().cell(WHOLE, 1.0), name)
+        call = partial(_call, profile.model_dump_json(), name)
+        yield Step("rivals", f"{name}: {WHOLE} model", partial(call, Comparison.cell, WHOLE, 1.0), name)
         for text in sorted({text for method in methods if (text := _text(method))}):
-            yield Step(
-                "rivals",
-                f"{name}: statistics of {text} tokens",
-                lambda of=of, text=text: of().statistics_record(text),
-                name,
-                phase=1,
-            )
+            gather = partial(call, Comparison.statistics_record, text)
+            yield Step("rivals", f"{name}: statistics of {text} tokens", gather, name, phase=1)
         same: dict[str, str] = {}
         for method in chosen:
             if method_named(method.split()[0]).needs_loss:
-                yield Step("rivals", f"{name}: {method}", lambda of=of: of().oracle(), name)
+                yield Step("rivals", f"{name}: {method}", partial(call, Comparison.oracle), name)
                 continue
             for budget in budgets:
                 if budget != FINAL and method in more:
@@ -640,12 +635,8 @@ def steps(
                 first = same.setdefault(digest([functions, method.split()[1:]]), method)
                 if budget == OWN and first != method:
                     continue
-                yield Step(
-                    "rivals",
-                    f"{name}: {method}, {label(budget)}",
-                    lambda of=of, method=method, budget=budget: of().cell(method, budget),
-                    name,
-                )
+                measure = partial(call, Comparison.cell, method, budget)
+                yield Step("rivals", f"{name}: {method}, {label(budget)}", measure, name)
 
 
 def speed_steps(profile: Profile, models: Iterable[str]) -> Iterator[Step]:
@@ -661,19 +652,19 @@ def speed_steps(profile: Profile, models: Iterable[str]) -> Iterator[Step]:
     for name in models:
         if name in profile.green:
             for form, share in Comparison(profile, name).forms:
-                of = partial(_one, profile.model_dump_json(), name)
-                yield Step(
-                    "speeds",
-                    f"{name}: speed of {form}, {label(share)}",
-                    lambda of=of, form=form, share=share: of().speed(form, share),
-                    name,
-                )
+                time_it = partial(_call, profile.model_dump_json(), name, Comparison.speed, form, share)
+                yield Step("speeds", f"{name}: speed of {form}, {label(share)}", time_it, name)
 
 
 @lru_cache(maxsize=1)
 def _one(settings: str, name: str) -> Comparison:
     """Find the comparison that this process works on, with what it has loaded, by a profile as JSON."""
     return Comparison(Profile.model_validate_json(settings), name)
+
+
+def _call(settings: str, name: str, method: Callable[..., Record], *arguments: Any) -> Record:
+    """Call a method of a comparison in whatever process this is."""
+    return method(_one(settings, name), *arguments)
 
 
 def finalists(cells: Iterable[Record]) -> dict[str, list[str]]:
@@ -718,16 +709,11 @@ def final_steps(
         How each is healed; None is as pruned.
     """
     for name, methods in finalists(cells).items():
-        of = partial(_one, profile.model_dump_json(), name)
+        call = partial(_call, profile.model_dump_json(), name, Comparison.final)
         # The longest first, so that no process is left with one at the end.
         for way, method in [*product(reversed(ways), methods), (None, WHOLE)]:
-            yield Step(
-                "finals",
-                f"{name}: {method}, {way or 'as it is'}, benchmarks",
-                lambda of=of, method=method, way=way: of().final(method, way),
-                name,
-                way or "",
-            )
+            told = f"{name}: {method}, {way or 'as it is'}, benchmarks"
+            yield Step("finals", told, partial(call, method, way), name, way or "")
 
 
 def removes(cell: Record) -> bool:
