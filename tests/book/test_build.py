@@ -86,4 +86,4 @@ def test_the_book_is_rendered_with_a_page_that_was_run_again(monkeypatch):
 def test_only_the_book_has_a_students_form():
     result = CliRunner().invoke(main, ["run", "prune", "--student"])
     assert result.exit_code == 2
-    assert "--student belongs to the book" in result.output
+    assert "--student and --preview belong to the book" in result.output
