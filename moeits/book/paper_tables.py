@@ -44,7 +44,7 @@ def margins_figure(margins: pd.DataFrame) -> Figure:
     axis.set_yticks(rows, margins.table + ", " + margins.method)
     axis.invert_yaxis()
     axis.set(xlabel="lead of MoEITS (percentage points)")
-    axis.legend(loc="lower right")
+    fig.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 
