@@ -114,7 +114,7 @@ class Claim(BaseModel):
     def _origin_is_shown(self) -> "Claim":
         for field, origin in (("quote", "quoted"), ("implied_by", "implied")):
             if (getattr(self, field) is not None) != (self.origin == origin):
-                raise ValueError(f"rows that are {origin!r}, and no others, have {field!r}")
+                raise MoeitsError(f"rows that are {origin!r}, and no others, have {field!r}")
         return self
 
 

@@ -135,8 +135,8 @@ def test_every_criterion_keeps_groups_equal(family):
             assert all(len(set(per_group(ids, 16, 4))) == 1 for ids in chosen.values()), name
             assert all(list(ids) == sorted(set(ids)) for ids in chosen.values()), name
             prune_model(copy.deepcopy(model), chosen)
-    with pytest.raises(ValueError, match=r"n_keep is 6, but the router selects among 4 groups"):
-        criteria.criterion("reap").select(layers, n_keep=6)
+    with pytest.raises(ValueError, match=r"n_keep is 10, but the router selects among 4 groups"):
+        criteria.criterion("reap").select(layers, n_keep=10)
 
 
 def run(*arguments):
@@ -169,11 +169,18 @@ def test_the_commands_prune_a_router_with_eight_groups(tmp_path, monkeypatch):
     check_exact(load_model(tmp_path / "reap"), model, Kept.read(kept).layers)
 
 
+_AS_WIDE = {
+    "dbrx": {"d_model": EXPERTS},
+    "glm4v_moe_text": {"head_dim": 16},
+    "granitemoehybrid": {"mamba_d_head": 2},
+}
+"""Other sizes that follow from the width, by family."""
+
+
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_command_prunes_every_family_as_wide_as_it_has_experts(family, tmp_path):
-    sizes = {"mamba_d_head": 2} if family == "granitemoehybrid" else {}
-    model = tiny_model(family, hidden_size=EXPERTS, **sizes)
+    model = tiny_model(family, hidden_size=EXPERTS, **_AS_WIDE.get(family, {}))
     model.save_pretrained(tmp_path / "source")
     pruned = run("prune", tmp_path / "source", "--tau", 1.25, "--n-jobs", 1, "-o", tmp_path / "pruned")
     assert pruned.exit_code == 0, pruned.output

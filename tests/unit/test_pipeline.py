@@ -85,7 +85,7 @@ def test_exactly_one_budget(folder, budget):
 
 
 def test_unknown_preset_names_the_known_ones(folder):
-    with pytest.raises(ValueError, match="'offical': there are official, paper"):
+    with pytest.raises(ValueError, match="'offical': there are paper, official"):
         simplify(folder, tau=1.0, preset="offical")
 
 

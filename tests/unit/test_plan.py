@@ -97,7 +97,10 @@ def test_the_command_prints_the_plan_and_fails_where_it_does_not_fit():
     assert "qwen1.5-moe: tau = 1.25, lora" in done.output
     assert "it does not fit" in done.output
     unknown = CliRunner().invoke(main, ["run", "--profile", "paper", "--dry-run", "--on", "abacus"])
-    assert "no data of the GPU 'abacus': there are those of rtx-4090, a100-80gb, h100, h200" in unknown.output
+    assert (
+        "no data of the GPU 'abacus': there are those of t4, rtx-4090, a100-80gb, h100, h200"
+        in unknown.output
+    )
     laptop = CliRunner().invoke(main, ["run", "--dry-run"])
     assert "is made by the run itself" in laptop.output
 

@@ -84,7 +84,7 @@ def test_it_holds_the_package_and_nothing_else(site):
     assert names == {"moeits", f"moeits-{PROJECT['version']}.dist-info"}
     files = {path.relative_to(site).as_posix() for path in (site / "moeits").rglob("*") if path.is_file()}
     assert files >= {path.relative_to(ROOT).as_posix() for path in (ROOT / "moeits").rglob("*.py")}
-    assert {name.rpartition(".")[2] for name in files} <= {"py", "js"}
+    assert {name.rpartition(".")[2] for name in files} <= {"py", "js", "html", "css"}
 
 
 @pytest.mark.slow
