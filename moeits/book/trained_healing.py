@@ -33,11 +33,10 @@ def costs_figure(table: pd.DataFrame) -> Figure:
     for axis, kind in zip(axes[0], kinds, strict=True):
         own = table[(table.initialisation == kind) & (table.method != "unpruned")]
         for place, method in enumerate(("random", "reap", "moeits")):
-            wide = own[own.method == method].pivot_table("cost", "seed", "healed")
+            wide = own[own.method == method].pivot_table("cost", "seed", "healed")  # before, after
             at = place + np.array([-0.15, 0.15])
-            axis.plot(at, wide[[False, True]].to_numpy().T, color=COLOUR[kind], lw=0.6, alpha=0.5, marker="")
-            means = wide[[False, True]].mean()
-            axis.plot(at, means, color=COLOUR[kind], marker=MARKERS[place], ms=6)
+            axis.plot(at, wide.to_numpy().T, color=COLOUR[kind], lw=0.6, alpha=0.5, marker="")
+            axis.plot(at, wide.mean(), color=COLOUR[kind], marker=MARKERS[place], ms=6)
         axis.axhline(0, color="black", lw=0.8)
         axis.set_xticks(range(3), ["random", "REAP", "MoEITS"])
         axis.set(title=kind)
