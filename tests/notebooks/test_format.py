@@ -73,14 +73,10 @@ def test_committed_notebooks_are_in_form():
     assert {path.name: found for path in paths if (found := findings(path.read_text()))} == {}
 
 
-# Pages that do not have this form yet.
-UNREVISED = {"trained-selection"}
 LONGEST_CELL = 25  # lines
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in sorted(NOTEBOOKS.glob("*.ipynb")) if p.stem not in UNREVISED], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
 def test_page_has_goals_takeaways_and_short_cells(path):
     cells = nbformat.read(path, as_version=4).cells
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
