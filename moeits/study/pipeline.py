@@ -203,7 +203,8 @@ class Study:
         wanted = [(tau, way, 0) for tau, way in self.healings]
         ways, seeds = filter(self.profile.can_heal, HEALINGS), range(self.profile.ablation_seeds)
         others = [at for at in product(self.ablation_taus, ways, seeds) if at not in wanted]
-        return wanted + [at for at in others if self._healing(*at).exists()]
+        # By their scores: models that keep the same experts at two taus share one healing.
+        return wanted + [at for at in others if self._scores(*at).exists()]
 
     @by_value
     def healing(self, tau: float, way: str, seed: int = 0) -> Record:

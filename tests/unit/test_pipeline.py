@@ -191,8 +191,8 @@ def test_seeds_of_a_healing_are_different_records(study):
     assert [healing.inputs["recipe"]["seed"] for healing in healings] == [0, 1]
     assert healings[0].key != healings[1].key
     assert study._healing(1.25, "refit", 0).key == study._healing(1.25, "refit", 1).key
-    third = study._healing(1.25, "lora", 2)
-    records.write(study.records, records.Record("healing", dict(third.inputs), [], {}, third.made_by))
+    third = study._scores(1.25, "lora", 2)
+    records.write(study.records, records.Record("scores", dict(third.inputs), [], {}, third.made_by))
     found = study.healings_found
     assert (1.25, "lora", 2) in found
     assert {(way, seed) for _, way, seed in found} == {("lora", 2)}
