@@ -304,7 +304,11 @@ def find(name: str) -> Plan:
 
 def finished() -> list[str]:
     """Name the models that are trained and kept."""
-    return [name for name, plan in plans().items() if plan.kept and (plan.folder / FACTS).exists()]
+    return [name for name, plan in plans().items() if plan.kept and _is_finished(plan)]
+
+
+def _is_finished(plan: Plan) -> bool:
+    return (plan.folder / FACTS).exists()
 
 
 def load(name: str) -> PreTrainedModel:
@@ -380,14 +384,17 @@ def make(plan: Plan, *, progress: bool = False) -> Path:
         If the folder holds a model of other settings or another text.
     """
     text = corpus.load("training")
+    present = [parent for parent in plan.parents if _is_finished(find(parent))]
     inputs = {
         **plan.identity,
         "text": corpus.text_digest(text),
-        "weights": {parent: weights_digest(find(parent).folder) for parent in plan.parents},
+        "weights": {parent: weights_digest(find(parent).folder) for parent in present},
     }
     done = plan.folder / FACTS
     if done.exists():
         before = json.loads(done.read_text())
+        weights = before["settings"]["weights"]
+        before["settings"]["weights"] = {parent: weights[parent] for parent in present if parent in weights}
         now = json.loads(json.dumps(inputs | {"schedule": plan.schedule.model_dump()}))
         if other := sorted(key for key in now if before["settings"].get(key) != now[key]):
             raise MoeitsError(
@@ -556,7 +563,7 @@ def train_all(names: Sequence[str] = (), *, jobs: int = 1, progress: bool = True
     Parameters
     ----------
     names : sequence of str
-        Models; all of :func:`plans` by default.
+        Models; all that are kept by default.
     jobs : int, default=1
         Processes, one thread each. Models of one seed follow each other.
     progress : bool, default=True
@@ -572,10 +579,11 @@ def train_all(names: Sequence[str] = (), *, jobs: int = 1, progress: bool = True
 
     def want(name: str) -> None:
         wanted.add(find(name).name)
-        for parent in known[name].parents:
+        # The parents of a finished model may be intermediate ones, which are not committed.
+        for parent in () if _is_finished(known[name]) else known[name].parents:
             want(parent)
 
-    for name in names or known:
+    for name in names or [name for name, plan in known.items() if plan.kept]:
         want(name)
     seeds: dict[int, list[Plan]] = {}
     for plan in known.values():

@@ -302,3 +302,16 @@ def test_distance_is_relative_to_what_it_is_compared_with():
     other = {name: weight / 2 for name, weight in block.items()}
     assert np.allclose(trained.distance(block, other), 1.0)
     assert np.allclose(trained.distance(other, block), 0.5)
+
+
+@pytest.mark.parametrize("name", ["mini-mixtral", "btm-1"])
+def test_a_finished_model_needs_no_intermediate_parents(tiny, name, monkeypatch, tmp_path):
+    """As on a fresh clone, where the cache is empty."""
+    _prepared(tiny, name)
+    folder = trained.make(tiny[name])
+    monkeypatch.setattr(trained, "CACHE", tmp_path / "empty")
+    monkeypatch.setattr(trained, "train", lambda *_, **__: pytest.fail("a model was trained again"))
+    assert trained.train_all([name], progress=False) == [folder]
+    assert json.loads((folder / trained.FACTS).read_text())["settings"]["weights"].keys() == set(
+        tiny[name].parents
+    )
