@@ -36,3 +36,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker("family")
         if "smoke" in item.fixturenames:
             item.add_marker("book")
+
+
+@pytest.fixture
+def sparse_model():
+    """Mixtral of two layers of eight experts, with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

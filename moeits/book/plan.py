@@ -1,8 +1,8 @@
 """What a profile will take before it is run: seconds, memory, disk and energy of every step, on a machine.
 
-Upper estimates from the models' configurations alone: a pruned model counts like the whole one, and nothing
-is taken to be remembered from an earlier run. How long a computation takes follows from its multiplications
-and from what the machine can do, of which a program of this kind reaches about a third.
+Upper estimates from the models' configurations alone: a pruned model counts like the unpruned one, and
+nothing is taken to be remembered from an earlier run. How long a computation takes follows from its
+multiplications and from what the machine can do, of which a program of this kind reaches about a third.
 """
 
 import os

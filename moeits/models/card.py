@@ -72,7 +72,7 @@ def model_card(
     kept : Kept
         What was kept, and how it was chosen.
     before : mapping of str to int
-        Sizes of the whole model: ``total``, ``routed``, ``active``, ``bytes``.
+        Sizes of the unpruned model: ``total``, ``routed``, ``active``, ``bytes``.
     after : Sizes
         Sizes of the pruned model.
     plain : bool

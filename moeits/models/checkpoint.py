@@ -346,7 +346,7 @@ def measure_nmi(
     progress: bool = False,
     **backend_options: object,
 ) -> tuple[dict[int, np.ndarray], dict[str, object]]:
-    """NMI matrices of a checkpoint, layer by layer. A killed run goes on where it was.
+    """NMI matrices of a checkpoint, layer by layer. A killed run resumes where it stopped.
 
     Parameters
     ----------

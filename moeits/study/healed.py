@@ -16,9 +16,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from moeits.healing.recipe import Recipe
-from moeits.machine.paths import DATA
 from moeits.study.measurement import Measurement
-from moeits.study.records import Record, load, row
+from moeits.study.records import Record, row
 
 STEP = "healed"
 KINDS = ("scratch", "upcycled")
@@ -146,7 +145,7 @@ def _heal_all(
                     train_model(model, tokenizer, sizes.recipe, Path(work) / "training", data=data)
             bits = anatomy.losses(model, read)
             value, stderr = ratio(bits, read.size)
-            state = {"method": method, "healed": healed, "bits": [round(float(one), 3) for one in bits]}
+            state = {"method": method, "healed": healed, "bits": trials.rounded(bits)}
             details["states"].append(state)
             rows.append(
                 row(
@@ -183,16 +182,10 @@ def healing_blocks(recipe: Recipe, seed: int) -> list[Any]:
 
 def measure_all(names: Sequence[str] = (), *, jobs: int = 1) -> list[Record]:
     """Measure finished trainings of :data:`KINDS` that have no record yet; all of them without `names`."""
-    from moeits.study import trained
+    from moeits.study.trials import matched
 
-    matched = [f"{kind}-{seed}" for seed in trained.SEEDS for kind in KINDS]
-    ready = [name for name in matched if name in trained.finished() and (not names or name in names)]
+    ready = [name for name in matched(names) if name.rpartition("-")[0] in KINDS]
     return Parallel(n_jobs=jobs)(delayed(measure)(name) for name in ready)
-
-
-def committed(folder: Path | None = None) -> list[Record]:
-    """Read the records that are there."""
-    return load(folder or DATA / "study" / "records", STEP)
 
 
 def differences(records: Iterable[Record]) -> pd.DataFrame:

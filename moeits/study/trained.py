@@ -340,10 +340,10 @@ def finished_folder(name: str) -> Path:
     MissingError
         If the model has not been trained.
     """
-    folder = find(name).folder
-    if not (folder / FACTS).exists():
+    plan = find(name)
+    if not _is_finished(plan):
         raise MissingError(f"the model {name} has not been trained: run `make train MODEL={name}`")
-    return folder
+    return plan.folder
 
 
 def history(name: str) -> dict[str, np.ndarray]:

@@ -3,8 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
 
 from moeits.book import trained_nmi
 from moeits.models.families import expert_block, moe_layers
@@ -13,20 +11,8 @@ from moeits.study.training import routers
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        sliding_window=None,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+def model(sparse_model):
+    return sparse_model
 
 
 PAIRS = {0: {"copy": [(3, 1)], "permuted": [(2, 7)]}, 1: {"copy": [(0, 5)], "permuted": [(6, 4)]}}

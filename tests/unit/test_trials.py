@@ -179,26 +179,6 @@ def test_an_initialisation_waits_until_all_its_trainings_are_measured(tmp_path):
     assert trials.committed("other", tmp_path) == []
 
 
-@pytest.fixture
-def sparse_model():
-    import torch
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        sliding_window=None,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
 @pytest.mark.parametrize("name", ["upcycled-1", "scratch-1"])
 def test_every_subset_of_a_budget_has_its_counts(sparse_model, name):
     calibration = np.random.default_rng(0).integers(1, 64, 512)
